@@ -1,0 +1,307 @@
+"""The one configuration tree: what every setting is called, what it means, and its default.
+
+A run is described by one TOML file whose tables are the sections below; `--set section.name=value` overrides a single
+setting. `lexshard config --show` prints this file's documentation with the values in force. Below the command line
+nothing sees this tree whole: builders take plain arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.errors import SettingError
+
+
+def setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A field with its documentation and, for numbers, the closed range it must lie in."""
+    metadata = {"doc": doc, "low": low, "high": high}
+    if isinstance(default, (dict, list)):
+        raise TypeError("defaults are immutable: use a tuple")
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where sessions come from and which columns hold what."""
+
+    train: str = setting("", "training sessions: a Parquet / Arrow IPC file, a folder, a glob or an s3:// gs:// URL")
+    valid: str = setting("", "validation cases (history + ground truth); empty: held out of train, see holdout")
+    test: str = setting("", "test cases, read by `lexshard evaluate` only")
+    items: str = setting("items", "column of item keys: list or large_list of int64, string or dictionary")
+    user: str = setting("", "column of the user key; empty: sessions have no user")
+    history: str = setting(
+        "history",
+        "column of validation / test rows with the items the model may see; empty: the user's training sessions",
+    )
+    mask_seen: bool = setting(True, "evaluation leaves out what the history holds, as `exclude_seen` does when serving")
+    time: str = setting("", "optional timestamp column of a session")
+    query_features: tuple[str, ...] = setting((), "categorical columns of a session for the query tower")
+    item_features: str = setting("", "Parquet side table of items: column `item` plus categorical columns")
+    holdout: Literal["none", "items", "last_item", "sessions", "last_sessions"] = setting(
+        "none",
+        "what validation hides when `valid` is empty: a share of every session's items, each session's last item, "
+        "a random share of whole sessions, or the last sessions of the data set",
+    )
+    holdout_fraction: float = setting(0.05, "share of items or sessions held out", low=0.0, high=0.9)
+    bad_rows: Literal["error", "skip"] = setting("error", "a bad row stops the run, or is skipped and counted")
+    shuffle_sessions: int = setting(
+        131_072, "sessions shuffled together; two such windows are in memory at a time", low=1
+    )
+
+
+@dataclass(frozen=True)
+class KeySettings:
+    """How keys become table rows."""
+
+    min_count: int = setting(1, "keys seen less often than this are unknown", low=1)
+    unknown: Literal["skip", "row"] = setting("skip", "unknown keys are left out, or share one trained row")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is learned."""
+
+    kind: Literal["item2vec", "two_tower"] = setting("item2vec", "the model")
+    dim: int = setting(64, "dimension of the embeddings", low=4, high=4096)
+    precision: Literal["fp32", "fp16"] = setting("fp32", "precision of the embedding tables while training")
+    history_decay: float = setting(
+        0.8, "weight of a history item falls by this factor per step into the past (1: plain mean)", low=0.0, high=1.0
+    )
+    history_length: int = setting(20, "most recent history items that the query sees; 0: all", low=0)
+    # item2vec
+    window: int = setting(0, "item2vec: context window in items to each side; 0: the whole session", low=0)
+    ordered: bool = setting(True, "item2vec: sessions have an order; false: baskets, shuffled anew in every epoch")
+    negatives: int = setting(10, "item2vec: negatives per target", low=1)
+    negative_exponent: float = setting(0.5, "item2vec: negatives are drawn by count ** this", low=-1.0, high=1.0)
+    subsample: float = setting(0.0, "item2vec: keys above this share of all events are thinned out; 0: never", low=0.0)
+    # two_tower
+    query: tuple[str, ...] = setting(("history",), "two_tower: what the query tower sees, of user, history, last_item")
+    share_items: bool = setting(True, "two_tower: history and candidates share one item table")
+    hidden: tuple[int, ...] = setting((), "two_tower: widths of hidden layers of both towers; empty: no MLP")
+    examples: Literal["every_item", "next_item", "last_item"] = setting(
+        "next_item",
+        "two_tower: every item of a basket given the others, every item given those before it, or only the last",
+    )
+    temperature: float = setting(0.1, "two_tower: InfoNCE temperature", low=1e-3, high=10.0)
+    mask: Literal["item", "session"] = setting(
+        "session", "two_tower: not taken as negatives: the positive item itself, or all items of its session"
+    )
+    logq: float = setting(1.0, "two_tower: strength of the sampling correction of in-batch negatives", low=0.0, high=1.0)
+    normalize: bool = setting(True, "two_tower: vectors have unit length")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How it is learned."""
+
+    epochs: int = setting(10, "passes over the training sessions", low=1)
+    batch_size: int = setting(2048, "two_tower: examples per worker and step; item2vec: items per worker and step", low=1)
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = setting(
+        "rowwise_adagrad", "two_tower: optimiser of the tables (item2vec always is SGD, as published)"
+    )
+    learning_rate: float = setting(0.05, "peak learning rate of the tables", low=0.0)
+    dense_learning_rate: float = setting(1e-3, "peak learning rate of the towers' weights (Adam)", low=0.0)
+    warmup: float = setting(0.0, "share of the training over which the rate rises to its peak", low=0.0, high=1.0)
+    final_rate: float = setting(0.0, "share of the peak rate at the end of the linear decay; 1: constant", low=0.0, high=1.0)
+    init_scale: float = setting(0.0, "tables start uniform in +-this; 0: 1/(2 dim) for item2vec, 1/sqrt(dim) for two_tower")
+    seed: int = setting(0, "every random choice follows from this", low=0)
+    threads: int = setting(0, "threads per worker; 0: all cores divided by workers. More than 1 is not bit-reproducible for item2vec", low=0)
+    validate_every: int = setting(1, "epochs between validations; 0: never", low=0)
+    validate_cases: int = setting(10_000, "at most this many validation cases are scored", low=1)
+    metric: str = setting("recall@20", "validation metric that picks the best checkpoint")
+    patience: int = setting(0, "stop after this many validations without improvement; 0: never", low=0)
+    checkpoint_seconds: float = setting(120.0, "time between checkpoints; one is always written at an epoch's end", low=0.0)
+    report_seconds: float = setting(10.0, "time between lines of progress where there is no terminal", low=0.0)
+    keep_checkpoints: int = setting(2, "checkpoints kept besides the best", low=1)
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """Where it is learned."""
+
+    workers: int = setting(1, "workers; 1 runs inline without Ray unless `engine` says otherwise", low=1)
+    engine: Literal["auto", "inline", "ray"] = setting("auto", "auto: inline for one worker, Ray Train for more")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    address: str = setting("", "Ray cluster to join (`auto`, or host:port); empty: a local one is started")
+    max_failures: int = setting(3, "restarts of failed workers before the run gives up; -1: no limit", low=-1)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What is published."""
+
+    precision: Literal["fp32", "fp16", "int8"] = setting("fp16", "precision of the exported vectors")
+    index: str = setting("auto", "FAISS factory string (`HNSW32`, `IVF4096,PQ32`, `Flat`...); auto: by size")
+    recall_target: float = setting(0.95, "search parameters are raised until this recall of exact search", low=0.0, high=1.0)
+    recall_k: int = setting(20, "k of that recall", low=1)
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How it is asked."""
+
+    host: str = setting("127.0.0.1", "address to bind")
+    port: int = setting(8000, "port to bind", low=1, high=65535)
+    replicas: int = setting(1, "replicas of the retrieval deployment", low=1)
+    max_k: int = setting(1000, "largest k a request may ask for", low=1)
+    max_batch: int = setting(10_000, "most queries in one request", low=1)
+    max_body_bytes: int = setting(32 * 2**20, "largest request body", low=1024)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    run: str = setting("runs/default", "folder of the run: checkpoints, metrics, artifacts")
+    data: DataSettings = DataSettings()
+    keys: KeySettings = KeySettings()
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    export: ExportSettings = ExportSettings()
+    serve: ServeSettings = ServeSettings()
+
+
+def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The config of a TOML `file` (None: all defaults) with `section.name=value` overrides applied, checked.
+
+    Raises SettingError naming the path of the first setting that is unknown, mistyped or out of range.
+    """
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = tomllib.loads(Path(file).read_text())
+        except FileNotFoundError:
+            raise SettingError(str(file), "there is no such config file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise SettingError(str(file), f"is not a readable TOML file: {error}") from None
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise SettingError(override, "an override is written section.name=value")
+        _put(tree, path.strip(), _parse_value(text.strip()))
+    return config_from_dict(tree)
+
+
+def config_from_dict(tree: Mapping[str, Any]) -> Config:
+    """The checked config of a nested mapping (as TOML or JSON gives it). Raises SettingError."""
+    return typing.cast(Config, _build(Config, tree, ""))
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The nested mapping of `config`, of JSON types only; `config_from_dict` is its inverse."""
+    return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def describe(config: Config) -> Iterator[tuple[str, Any, Any, str]]:
+    """(path, value, default, documentation) of every setting, in the order of the tree."""
+    for path, spec, value in _leaves(config, ""):
+        yield path, value, spec.default, spec.metadata["doc"]
+
+
+def to_toml(config: Config) -> str:
+    """`config` as a TOML file with every setting's documentation as a comment."""
+    lines: list[str] = []
+    section = None
+    for path, value, _, doc in describe(config):
+        *parents, name = path.split(".")
+        if parents and parents[0] != section:
+            section = parents[0]
+            lines += ["", f"[{section}]"]
+        lines += [f"# {doc}", f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}"]
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    for spec in dataclasses.fields(node):
+        value = getattr(node, spec.name)
+        path = f"{prefix}{spec.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{path}.")
+        else:
+            yield path, spec, value
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, name = path.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise SettingError(path, f"`{parent}` is not a section")
+    node[name] = value
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value; a bare word is a string, so that quotes are not needed on a command line."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise SettingError(prefix.rstrip("."), f"is a section, not a value ({tree!r})")
+    specs = {spec.name: spec for spec in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if name not in specs:
+            raise SettingError(path, _unknown(name, list(specs)))
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(typing.cast(type, hints[name]), value, f"{path}.")
+        else:
+            values[name] = _check(path, value, hints[name], specs[name].metadata)
+    return cls(**values)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
+    return f"there is no such setting; {hint}"
+
+
+def _check(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+    """`value` converted to the type `hint` and held against the field's range. Raises SettingError."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise SettingError(path, f"must be one of {', '.join(map(str, choices))}; got {value!r}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, (list, tuple)):
+            raise SettingError(path, f"must be a list; got {value!r}")
+        return tuple(_check(f"{path}[{i}]", item, typing.get_args(hint)[0], {}) for i, item in enumerate(value))
+    if origin is types.UnionType:
+        raise TypeError(f"{path}: unions are not used in the config tree")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise SettingError(path, f"must be {_TYPE_NAMES[hint]}; got {value!r}")
+    low, high = metadata.get("low"), metadata.get("high")
+    if isinstance(value, float) and value != value:
+        raise SettingError(path, "must be a number; got nan")
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
+        raise SettingError(path, f"must be {bounds}; got {value!r}")
+    return value
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

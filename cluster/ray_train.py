@@ -1,0 +1,250 @@
+"""The Ray Train engine of `launch`: start or join a cluster, run the workers, restart them, bring their news home.
+
+Ray's own chatter stays in its session logs; what a user must see comes home through `cluster.mailbox`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.train.torch
+from pyarrow import fs
+from ray.exceptions import RayError
+
+from cluster.errors import LaunchError, LexshardError, SettingError
+from cluster.launch import Json, Listener, Worker, reporting_to
+from cluster.mailbox import Sender, open_mailbox
+from cluster.rank import backend_of, current_rank, num_cores, torch_threads
+from cluster.storage import open_filesystem
+
+_TRAIN: Any = ray.train  # Ray's annotations describe its first Train, not the one that runs
+
+_START_ATTEMPTS = 10  # of a minute each: time for an autoscaler to bring machines
+_RAY_SETTINGS = {  # read by Ray when it is started, or a trainer is; the user's own values come first
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in our folder: relative paths mean the same everywhere
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+_LOCAL_RAY_SETTINGS = {  # a Ray of our own serves one run on one machine
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_OBJECT_STORE_BYTES = 256 * 2**20  # of a local Ray: only functions and events pass through it
+
+
+def run_on_ray(
+    fn: Worker,
+    settings: dict[str, Any],
+    *,
+    workers: int,
+    device: Any,
+    address: str,
+    max_failures: int,
+    storage: str,
+    name: str,
+    threads: int,
+    listener: Listener,
+) -> Json:
+    """`launch` on Ray Train workers; see there."""
+    with _cluster(address, num_cpus=max(num_cores(), workers)), open_mailbox(listener) as mailbox:
+        kind = _device_of(device, workers)
+        _announce_shortage(workers, kind, listener)
+        job = {"fn": fn, "settings": settings, "device": kind, "threads": threads, "mailbox": mailbox}
+        failures = 0
+        while True:
+            try:
+                return _run_once(job, workers=workers, kind=kind, storage=storage, name=name)
+            except ray.train.TrainingFailedError as error:
+                failures += 1
+                reason = _reason(error)
+                if isinstance(error, _TRAIN.ControllerError):
+                    raise LaunchError(f"the workers could not be started: {reason}") from error
+                if failures > max_failures >= 0:
+                    raise LaunchError(_too_often(failures, max_failures, reason)) from error
+                limit = "" if max_failures < 0 else f" of {max_failures}"
+                listener({"text": f"{reason}; restart {failures}{limit}, from the last checkpoint"})
+
+
+def _run_once(job: dict[str, Any], *, workers: int, kind: str, storage: str, name: str) -> Json:
+    """One life of the worker group. Raises TrainingFailedError when a worker died or crashed."""
+    notes = f"{storage.rstrip('/')}/.ray"
+    if "://" not in notes:
+        notes = os.path.abspath(os.path.expanduser(notes))
+    attempt = f"{name}-{uuid.uuid4().hex[:8]}"  # never a former name: Ray would take up its own checkpoints there
+    trainer = _TRAIN.torch.TorchTrainer(
+        _work,
+        train_loop_config=job,
+        scaling_config=_TRAIN.ScalingConfig(
+            num_workers=workers, use_gpu=kind == "cuda", resources_per_worker={"CPU": 1} | _gpus(kind)
+        ),
+        torch_config=_TRAIN.torch.TorchConfig(backend=backend_of(kind)),
+        run_config=_TRAIN.RunConfig(
+            name=attempt,
+            storage_path=notes,
+            failure_config=_TRAIN.FailureConfig(max_failures=0, controller_failure_limit=_START_ATTEMPTS),
+            logging_config=_TRAIN.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        with _interruptible():
+            result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            if isinstance(failure, _UserError):
+                raise failure.rebuild() from None
+        raise
+    except RayError as error:  # not a worker: Ray's own controller, or the cluster under it
+        raise LaunchError(f"Ray Train failed: {_last_line(error)}") from error
+    finally:
+        _remove(notes, attempt)
+    return json.loads(result.return_value)
+
+
+def _work(job: dict[str, Any]) -> str:
+    """What every worker runs: `fn` in its surroundings. Returns its result as JSON."""
+    place = current_rank(job["device"])
+    letters = Sender(job["mailbox"], place.rank)
+    try:
+        with (
+            torch_threads(job["threads"], local_world_size=place.local_world_size),
+            letters.sending_warnings(),
+            reporting_to(letters.send if place.is_first else None),
+        ):
+            return json.dumps(job["fn"](job["settings"]))
+    except LexshardError as error:
+        raise _UserError(type(error), error.args, vars(error)) from None
+    finally:
+        letters.flush()
+
+
+class _UserError(Exception):
+    """A LexshardError on its way to the launching process, whatever its constructor looks like."""
+
+    def __init__(self, kind: type[LexshardError], values: tuple[Any, ...], attributes: dict[str, Any]) -> None:
+        super().__init__(kind, values, attributes)
+
+    def rebuild(self) -> LexshardError:
+        kind, values, attributes = self.args
+        error: LexshardError = kind.__new__(kind, *values)
+        vars(error).update(attributes)
+        return error
+
+
+# ---------------------------------------------------------------- the cluster
+
+
+@contextmanager
+def _cluster(address: str, *, num_cpus: int) -> Iterator[None]:
+    """A connection to Ray; whatever was started or joined here is stopped or left with the block, and nothing else."""
+    own = not address and not ray.is_initialized()
+    for variable, value in (_RAY_SETTINGS | (_LOCAL_RAY_SETTINGS if own else {})).items():
+        os.environ.setdefault(variable, value)
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any]
+    if address:
+        where, options = f"the Ray cluster at {address} cannot be joined", {"address": address}
+    else:
+        where = "a local Ray cannot be started"
+        options = {
+            "address": "local",
+            "num_cpus": num_cpus,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
+    try:
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise LaunchError(f"{where}: {_first_line(error)}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _device_of(device: Any, workers: int) -> str:
+    """cpu or cuda for the workers, which may have devices that this process lacks. Raises SettingError."""
+    gpus = _resource("GPU")
+    if device == "cuda" and gpus == 0:
+        raise SettingError("cluster.device", "is cuda, but the Ray cluster has no GPU; use cpu or auto")
+    return "cuda" if device == "cuda" or (device == "auto" and gpus >= workers) else "cpu"
+
+
+def _resource(name: str) -> int:
+    return int(ray.cluster_resources().get(name, 0))  # type: ignore[no-untyped-call]
+
+
+def _announce_shortage(workers: int, kind: str, listener: Listener) -> None:
+    """Say so when the cluster is too small as it stands: only an autoscaler or a person can end the wait."""
+    resource = "GPU" if kind == "cuda" else "CPU"
+    there = _resource(resource)
+    if there < workers:
+        text = f"{workers} workers need {workers} {resource}s and the Ray cluster has {there}: waiting for more"
+        listener({"text": f"{text}, at most {_START_ATTEMPTS} minutes"})
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C stops the workers (Ray Train's handler does) and is then a KeyboardInterrupt, as everywhere else."""
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if on_main_thread else None
+    try:
+        yield
+    except SystemExit:  # how Ray Train's handler ends the driver
+        raise KeyboardInterrupt from None
+    finally:
+        if on_main_thread:
+            signal.signal(signal.SIGINT, before)
+
+
+def _gpus(kind: str) -> dict[str, float]:
+    return {"GPU": 1} if kind == "cuda" else {}
+
+
+def _remove(notes: str, attempt: str) -> None:
+    """Remove Ray's notes of one attempt: nothing reads them."""
+    filesystem, path = open_filesystem(notes)
+    if filesystem.get_file_info(f"{path}/{attempt}").type != fs.FileType.NotFound:
+        filesystem.delete_dir(f"{path}/{attempt}")
+
+
+# ---------------------------------------------------------------- what went wrong
+
+
+def _reason(error: ray.train.TrainingFailedError) -> str:
+    """The root cause in one line: a dead process before the errors of the workers that missed it."""
+    failures = getattr(error, "worker_failures", {})
+    for rank, failure in sorted(failures.items()):
+        cause = getattr(failure, "health_check_failure", None)
+        if isinstance(cause, RayError):
+            return f"worker {rank} died (killed, out of memory, or crashed)"
+    for rank, failure in sorted(failures.items()):
+        return f"worker {rank} failed: {type(failure).__name__}: {_first_line(failure)}"
+    return _first_line(getattr(error, "controller_failure", error))
+
+
+def _too_often(failures: int, max_failures: int, reason: str) -> str:
+    allowed = "no restart is" if max_failures == 0 else f"{max_failures} restarts are"
+    return f"{reason}; the workers failed {failures} times and {allowed} allowed (cluster.max_failures)"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _last_line(error: BaseException) -> str:
+    """Of an error that carries a remote traceback: what was raised, not where."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if text else type(error).__name__

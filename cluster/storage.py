@@ -1,0 +1,87 @@
+"""One way to reach files: local paths and object-store URLs, checksums, and writes that either happen or do not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from cluster.errors import DataError
+
+
+def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
+    """The filesystem and the path on it of a local path or an `s3://`, `gs://`, `file://` URL.
+
+    Raises DataError for a scheme that cannot be opened.
+    """
+    text = os.fspath(location)
+    if "://" not in text:
+        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+    try:
+        return fs.FileSystem.from_uri(text)
+    except (ValueError, OSError, ImportError) as error:
+        raise DataError(f"cannot be opened: {error}", file=text) from None
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write `data` to a local `path` so that a reader sees all of it or the former file, whatever is killed when."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(target.parent)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Make the folder's entries (renames, new files) durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish_folder(temporary: str | Path, final: str | Path) -> None:
+    """Rename a finished folder to its final name, after making its files durable. `final` must not exist."""
+    for file in Path(temporary).rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        else:
+            sync_folder(file)
+    sync_folder(temporary)
+    os.rename(temporary, final)
+    sync_folder(Path(final).parent)
+
+
+def remove_folder(folder: str | Path) -> None:
+    """Remove a folder and all below it; the name disappears first, so that no reader meets half of it."""
+    path = Path(folder)
+    if not path.exists():
+        return
+    doomed = path.with_name(f".{path.name}.{uuid.uuid4().hex}.removed")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def checksum(path: str | Path) -> str:
+    """`sha256:<hex>` of a local file's bytes, read in pieces."""
+    with open(path, "rb") as handle:
+        return "sha256:" + hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,262 @@
+"""From what a request asks to what it is answered: parameters and bodies in, checked work out, JSON documents back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from embedding_service.http_schema import Catalogue, Key, KeyType, Limits, Problem, RequestModels
+
+Parameters = list[tuple[str, str]]
+
+
+class Results(Protocol):
+    """What a retriever gives for n queries, each best first and without padding; `retrieval.Results` is one."""
+
+    @property
+    def keys(self) -> Sequence[Sequence[Key]]: ...
+    @property
+    def scores(self) -> npt.NDArray[np.float32]: ...  # [n, k]
+    @property
+    def cold_start(self) -> Sequence[bool]: ...
+
+
+class Retrieval(Protocol):
+    """The part of `retrieval.Retriever` that is served."""
+
+    def similar(self, keys: Sequence[Key], k: int = ...) -> Results: ...
+    def search(self, vectors: npt.NDArray[np.float32], k: int = ...) -> Results: ...
+    def recommend(
+        self,
+        sessions: Sequence[Sequence[Key]],
+        k: int = ...,
+        *,
+        users: Sequence[Key | None] | None = ...,
+        features: Mapping[str, Sequence[Key | None]] | None = ...,
+        exclude_seen: bool = ...,
+    ) -> Results: ...
+
+
+class KeyMap(Protocol):
+    """The part of `keys.Vocabulary` that tells known keys from unknown ones."""
+
+    @property
+    def keys(self) -> Any: ...
+    def row(self, key: object) -> int: ...
+    def rows(self, keys: Sequence[Any]) -> npt.NDArray[np.int64]: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """A checked request: `answer` computes the JSON document that answers its `num_queries` queries."""
+
+    num_queries: int
+    answer: Callable[[], dict[str, Any]]
+
+
+class Queries:
+    """Checks requests against the catalogue and the limits. Every method raises Problem for what cannot be answered."""
+
+    def __init__(
+        self,
+        retriever: Retrieval,
+        catalogue: Catalogue,
+        items: KeyMap,
+        users: KeyMap | None = None,
+        *,
+        limits: Limits,
+    ) -> None:
+        """`items` and `users` are the key maps of the catalogue; `users` only where its query tower sees users."""
+        self.models = RequestModels(catalogue, limits)
+        self._retriever, self._items, self._users = retriever, items, users
+        self._catalogue, self._limits = catalogue, limits
+        self._version = catalogue.version
+
+    def get_similar(self, parameters: Parameters) -> Work:
+        key: Key | None = None
+        k = 10
+        for name, value in parameters:
+            if name == "key":
+                key = _parse_key(name, value, self._catalogue.key_type)
+            elif name == "k":
+                k = self._parse_k(value)
+            else:
+                raise _no_such_parameter(name, ("key", "k"))
+        if key is None:
+            raise Problem(400, "invalid_request", "the parameter `key` is missing: /v1/similar?key=...&k=10")
+        return self._similar(key, k)
+
+    def get_recommend(self, parameters: Parameters) -> Work:
+        session: list[Key] = []
+        user: Key | None = None
+        k, exclude_seen = 10, True
+        user_type = self._catalogue.user_type
+        for name, value in parameters:
+            if name == "items":
+                session.append(_parse_key(name, value, self._catalogue.key_type))
+            elif name == "user" and user_type is not None:
+                user = _parse_key(name, value, user_type)
+            elif name == "k":
+                k = self._parse_k(value)
+            elif name == "exclude_seen":
+                exclude_seen = _parse_bool(name, value)
+            else:
+                known = ("items", "user", "k", "exclude_seen") if user_type else ("items", "k", "exclude_seen")
+                raise _no_such_parameter(name, known)
+        if len(session) > self._limits.max_session:
+            raise Problem(413, "session_too_long", f"{len(session)} items; the limit is {self._limits.max_session}")
+        return self._recommend(session, k, user, {}, exclude_seen)
+
+    def post_similar(self, body: bytes) -> Work:
+        asked = self.models.parse(self.models.similar, body)
+        if hasattr(asked, "key"):
+            return self._similar(asked.key, asked.k)
+        return self._batch(len(asked.keys), asked.k, lambda: self._similar_batch(asked.keys, asked.k))
+
+    def post_search(self, body: bytes) -> Work:
+        asked = self.models.parse(self.models.search, body)
+        if hasattr(asked, "vector"):
+            vector = _float32([asked.vector], "vector")
+            return Work(
+                1, lambda: {"version": self._version, "items": _items(self._retriever.search(vector, asked.k))[0]}
+            )
+        vectors = _float32(asked.vectors, "vectors")
+
+        def answers() -> list[dict[str, Any]]:
+            return [{"items": items} for items in _items(self._retriever.search(vectors, asked.k))]
+
+        return self._batch(len(vectors), asked.k, answers)
+
+    def post_recommend(self, body: bytes) -> Work:
+        asked = self.models.parse(self.models.recommend, body)
+        given = getattr(asked, "features", None)
+        features = given.model_dump(exclude_none=True) if given is not None else {}
+        if hasattr(asked, "session"):
+            return self._recommend(asked.session, asked.k, getattr(asked, "user", None), features, asked.exclude_seen)
+        num_sessions = len(asked.sessions)
+        users = getattr(asked, "users", None)
+        columns = {"users": users} if users is not None else {}
+        columns |= {f"features.{name}": column for name, column in features.items()}
+        for name, column in columns.items():
+            if len(column) != num_sessions:
+                message = f"`{name}` has {len(column)} entries for {num_sessions} sessions; write null for none"
+                raise Problem(400, "invalid_request", message)
+        return self._batch(
+            num_sessions,
+            asked.k,
+            lambda: self._recommend_batch(asked.sessions, asked.k, users, features, asked.exclude_seen),
+        )
+
+    def _similar(self, key: Key, k: int) -> Work:
+        return Work(1, lambda: {"version": self._version, "items": _items(self._retriever.similar([key], k))[0]})
+
+    def _similar_batch(self, keys: list[Key], k: int) -> list[dict[str, Any]]:
+        known = list(_known(self._items, keys))
+        found = [key for key, ok in zip(keys, known, strict=True) if ok]
+        answers = iter(_items(self._retriever.similar(found, k)) if found else [])
+        return [
+            {"items": next(answers), "unknown": []} if ok else {"items": [], "unknown": [key]}
+            for key, ok in zip(keys, known, strict=True)
+        ]
+
+    def _recommend(
+        self, session: Sequence[Key], k: int, user: Key | None, features: dict[str, Key], exclude_seen: bool
+    ) -> Work:
+        users = None if user is None else [user]
+        columns = {name: [value] for name, value in features.items()}
+
+        def answer() -> dict[str, Any]:
+            return {"version": self._version, **self._recommend_batch([session], k, users, columns, exclude_seen)[0]}
+
+        return Work(1, answer)
+
+    def _recommend_batch(
+        self,
+        sessions: Sequence[Sequence[Key]],
+        k: int,
+        users: Sequence[Key | None] | None,
+        features: Mapping[str, Sequence[Key | None]],
+        exclude_seen: bool,
+    ) -> list[dict[str, Any]]:
+        results = self._retriever.recommend(
+            sessions, k, users=users, features=features or None, exclude_seen=exclude_seen
+        )
+        known = iter(_known(self._items, [key for session in sessions for key in session]))
+        unknown = [[key for key in session if not next(known)] for session in sessions]
+        unknown_user = [False] * len(sessions)
+        if users is not None and self._users is not None:
+            unknown_user = [
+                user is not None and not ok for user, ok in zip(users, _known(self._users, users), strict=True)
+            ]
+        return [
+            {"items": items, "cold_start": bool(cold), "unknown": keys, "unknown_user": no_user}
+            for items, cold, keys, no_user in zip(
+                _items(results), results.cold_start, unknown, unknown_user, strict=True
+            )
+        ]
+
+    def _batch(self, num_queries: int, k: int, answers: Callable[[], list[dict[str, Any]]]) -> Work:
+        if num_queries * k > self._limits.max_results:
+            message = (
+                f"{num_queries} queries times k = {k} are {num_queries * k} results; "
+                f"the limit is {self._limits.max_results}: send several requests"
+            )
+            raise Problem(413, "batch_too_large", message)
+        return Work(num_queries, lambda: {"version": self._version, "results": answers()})
+
+    def _parse_k(self, value: str) -> int:
+        k = int(value) if value.isascii() and value.isdigit() and len(value) < 20 else 0
+        if not 1 <= k <= self._limits.max_k:
+            raise Problem(
+                400, "invalid_request", f"`k` must be an integer in [1, {self._limits.max_k}]; got {value[:50]!r}"
+            )
+        return k
+
+
+def _items(results: Results) -> list[list[dict[str, Any]]]:
+    return [
+        [{"key": key, "score": score} for key, score in zip(keys, scores, strict=False)]
+        for keys, scores in zip(results.keys, results.scores.tolist(), strict=True)
+    ]
+
+
+def _known(key_map: KeyMap, keys: Sequence[Any]) -> Iterable[bool]:
+    """For each key whether the map has a row of its own for it."""
+    num_keys = len(key_map.keys)
+    if len(keys) <= 16:
+        return [0 <= key_map.row(key) < num_keys for key in keys]
+    rows = key_map.rows(keys)
+    return ((rows >= 0) & (rows < num_keys)).tolist()  # type: ignore[no-any-return]
+
+
+def _float32(vectors: list[list[float]], name: str) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        out = np.asarray(vectors, dtype=np.float64).astype(np.float32)
+    if not np.isfinite(out).all():
+        raise Problem(400, "invalid_request", f"`{name}`: a component is too large for a float32")
+    return out
+
+
+def _parse_key(name: str, value: str, key_type: KeyType) -> Key:
+    if key_type == "string":
+        return value
+    digits = value[1:] if value[:1] == "-" else value
+    if digits.isascii() and digits.isdigit() and len(digits) < 20 and -(2**63) <= (key := int(value)) < 2**63:
+        return key
+    raise Problem(400, "invalid_request", f"`{name}` must be an integer, as all keys here are; got {value[:50]!r}")
+
+
+def _parse_bool(name: str, value: str) -> bool:
+    if value in ("true", "1"):
+        return True
+    if value in ("false", "0"):
+        return False
+    raise Problem(400, "invalid_request", f"`{name}` must be true or false; got {value[:50]!r}")
+
+
+def _no_such_parameter(name: str, known: tuple[str, ...]) -> Problem:
+    return Problem(400, "unknown_parameter", f"there is no parameter `{name[:50]}`; known here: {', '.join(known)}")

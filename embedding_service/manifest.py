@@ -1,0 +1,165 @@
+"""What an artifact's manifest.json may say: the schema of format 1 and the checks that need no other file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from cluster.errors import ArtifactError
+from embedding_service.towers import TowerInput, TowerSpec
+
+FORMAT = "lexshard.artifact"
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 64 * 2**20
+
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,127}"
+Name = Annotated[str, StringConstraints(pattern=rf"^{_PART}$")]
+RelativePath = Annotated[str, StringConstraints(pattern=rf"^{_PART}(/{_PART}){{0,3}}$")]  # never absolute, never `..`
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Rows = Annotated[int, Field(ge=1, le=2**40)]
+Dim = Annotated[int, Field(ge=1, le=2**16)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class FileEntry(_Entry):
+    bytes: Count
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class KeyMapEntry(_Entry):
+    file: RelativePath
+    keys: Rows
+    key_type: Literal["int64", "string"]
+    unknown: Literal["skip", "row"]
+
+
+class VectorEntry(_Entry):
+    file: RelativePath
+    scale_file: RelativePath | None
+    rows: Rows
+    dim: Dim
+    precision: Literal["fp32", "fp16", "int8"]
+    normalized: bool
+    keys: Name
+
+
+class RecallEntry(_Entry):
+    """recall@k of the index against exact search, over `num_queries` queries of the given or the stored vectors."""
+
+    value: Share
+    k: Rows
+    target: Share
+    met: bool
+    queries: Literal["given", "stored"]
+    num_queries: Count
+
+
+class IndexEntry(_Entry):
+    file: RelativePath
+    settings_file: RelativePath
+    vectors: Name
+    metric: Literal["ip", "cosine"]
+    factory: str
+    arrangement: Literal["plain", "centred", "augmented"]
+    parameters: dict[str, Count]
+    recall: RecallEntry
+    rows: Rows
+    dim: Dim
+    bytes: Count
+    build_seconds: Annotated[float, Field(ge=0)]
+
+
+class TowerEntry(_Entry):
+    spec: dict[str, Any]
+    file: RelativePath
+
+
+class Manifest(_Entry):
+    format: Literal["lexshard.artifact"]
+    format_version: Literal[1]
+    name: str
+    version: Name
+    created: str
+    key_maps: dict[Name, KeyMapEntry]
+    vectors: dict[Name, VectorEntry]
+    query_tower: TowerEntry | None
+    indexes: dict[Name, IndexEntry]
+    lineage: dict[str, Any]
+    figures: dict[str, Any]
+    files: dict[RelativePath, FileEntry]
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """The checked manifest of manifest.json's bytes. Raises ArtifactError naming the field, prefixed with `where`."""
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"{where}: is larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise ArtifactError(f"{where}: {field}: {first['msg']} (got {str(first['input'])[:100]!r})") from None
+    check_manifest(manifest, where)
+    return manifest
+
+
+def check_manifest(manifest: Manifest, where: str) -> None:
+    """The parts must fit each other. Raises ArtifactError."""
+
+    def refuse(problem: str) -> None:
+        raise ArtifactError(f"{where}: {problem}")
+
+    named = [(f"key_maps.{name}", entry.file) for name, entry in manifest.key_maps.items()]
+    for name, vectors in manifest.vectors.items():
+        named.append((f"vectors.{name}", vectors.file))
+        if vectors.scale_file is not None:
+            named.append((f"vectors.{name}", vectors.scale_file))
+        if (vectors.scale_file is None) == (vectors.precision == "int8"):
+            refuse(f"vectors.{name}: int8 vectors have a scale file, others have none")
+        if vectors.keys not in manifest.key_maps:
+            refuse(f"vectors.{name}: there is no key map {vectors.keys!r}")
+        keys = manifest.key_maps[vectors.keys].keys
+        if vectors.rows not in (keys, keys + 1):
+            refuse(f"vectors.{name}: has {vectors.rows} rows, but key map {vectors.keys!r} has {keys} keys")
+    for name, index in manifest.indexes.items():
+        named += [(f"indexes.{name}", index.file), (f"indexes.{name}", index.settings_file)]
+        if index.vectors not in manifest.vectors:
+            refuse(f"indexes.{name}: there is no vector set {index.vectors!r}")
+        source = manifest.vectors[index.vectors]
+        if (index.rows, index.dim) != (manifest.key_maps[source.keys].keys, source.dim):
+            refuse(f"indexes.{name}: {index.rows} x {index.dim} does not fit vector set {index.vectors!r}")
+    if manifest.query_tower is not None:
+        named.append(("query_tower", manifest.query_tower.file))
+        for block in tower_spec(manifest, where).inputs:
+            _check_tower_input(manifest, block, where)
+    for owner, file in named:
+        if file not in manifest.files:
+            refuse(f"{owner}: {file} is not among the listed files")
+
+
+def tower_spec(manifest: Manifest, where: str) -> TowerSpec:
+    """The query tower's description, with sane dimensions. Raises ArtifactError."""
+    assert manifest.query_tower is not None
+    spec = TowerSpec.from_dict(manifest.query_tower.spec)
+    widths = (spec.dim, *spec.hidden, *(block.dim for block in spec.inputs))
+    if not spec.inputs or not all(isinstance(width, int) and 1 <= width <= 2**16 for width in widths):
+        raise ArtifactError(f"{where}: query_tower: widths {widths} are not all in 1..65536")
+    return spec
+
+
+def _check_tower_input(manifest: Manifest, block: TowerInput, where: str) -> None:
+    vectors = manifest.vectors.get(block.vectors)
+    if vectors is None:
+        raise ArtifactError(f"{where}: query_tower: input {block.name!r} needs a vector set {block.vectors!r}")
+    if vectors.dim != block.dim:
+        raise ArtifactError(
+            f"{where}: query_tower: input {block.name!r} has width {block.dim}, "
+            f"but vector set {block.vectors!r} has {vectors.dim}"
+        )
+    if not isinstance(block.decay, (int, float)) or not 0.0 <= block.decay <= 1.0:
+        raise ArtifactError(f"{where}: query_tower: input {block.name!r} has decay {block.decay!r}, not in 0..1")

@@ -1,0 +1,187 @@
+"""Tables whose rows are spread over all ranks: the only file that speaks to TorchRec and FBGEMM.
+
+A model is written against `ShardedTables.lookup`, which on one rank is a plain gather and on many an exchange; which of
+the two is decided here alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from embedding_service.tables import Optimizer, TableSpec, check_names, initial_rows
+
+_INIT_CHUNK_BYTES = 64 * 2**20
+
+
+@contextlib.contextmanager
+def _quiet_import() -> Iterator[None]:
+    """TorchRec and FBGEMM announce optional parts they did not find; that is not the user's business."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # TorchRec calls a function torch renamed
+
+with _quiet_import():
+    from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+    from torchrec.distributed import comm_ops
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+    from torchrec.modules.embedding_configs import DataType
+    from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+    from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+
+def _nothing(weights: Tensor) -> None:
+    """TorchRec's init_fn: rows are initialised in place, in chunks, after sharding."""
+
+
+def _t(name: str) -> str:
+    """TorchRec keeps tables in an nn.ModuleDict, so a table may not be called `items` or `keys`: all get a prefix."""
+    return f"t_{name}"
+
+
+class _Collections(nn.Module):
+    """One EmbeddingCollection per dimension: TorchRec wants a collection's tables to have one dimension."""
+
+    def __init__(self, specs: Sequence[TableSpec]) -> None:
+        super().__init__()
+        self.by_dim = nn.ModuleDict()
+        for dim in sorted({spec.dim for spec in specs}):
+            self.by_dim[str(dim)] = EmbeddingCollection(
+                device=torch.device("meta"),
+                tables=[
+                    EmbeddingConfig(
+                        name=_t(spec.name),
+                        embedding_dim=dim,
+                        num_embeddings=spec.rows,
+                        feature_names=[_t(spec.name)],
+                        data_type=DataType.FP16 if spec.precision == "fp16" else DataType.FP32,
+                        init_fn=_nothing,
+                    )
+                    for spec in specs
+                    if spec.dim == dim
+                ],
+            )
+
+    def forward(self, features: Mapping[str, KeyedJaggedTensor]) -> dict[str, Tensor]:
+        awaited = [self.by_dim[dim](features[dim]) for dim in features]  # all exchanges start before the first is awaited
+        return {name: rows.values() for found in awaited for name, rows in found.items()}
+
+
+class ShardedTables:
+    """Embedding tables, row-wise sharded over the ranks of the default process group, with a fused optimiser.
+
+    The optimiser runs inside `backward`. Gradients of one row from several ranks are added, so a loss that is divided by
+    the examples of all ranks gives the same update for any number of ranks.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TableSpec],
+        *,
+        optimizer: Optimizer,
+        learning_rate: float,
+        seed: int,
+        device: torch.device | None = None,
+        initialize: bool = True,
+    ) -> None:
+        check_names(specs)
+        self.specs = {spec.name: spec for spec in specs}
+        self.optimizer: Optimizer = optimizer
+        self.device = device or torch.device("cpu")
+        comm_ops.set_gradient_division(False)  # add the ranks' gradients; TorchRec's default is their mean
+        with _quiet_import():
+            self._module = self._shard(learning_rate)
+        self._fused = self._module.fused_optimizer
+        if initialize:
+            self._initialize(seed)
+
+    def _shard(self, learning_rate: float) -> DistributedModelParallel:
+        """The one place where tables become distributed."""
+        collection = _Collections(list(self.specs.values()))
+        kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
+            "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
+            "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
+            "sgd": (torch.optim.SGD, {}),
+        }
+        kind, options = kinds[self.optimizer]
+        apply_optimizer_in_backward(kind, collection.parameters(), {"lr": learning_rate, **options})
+        constraints = {
+            _t(name): ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"]) for name in self.specs
+        }
+        world = dist.get_world_size()
+        topology = Topology(world_size=world, compute_device=self.device.type, local_world_size=world)
+        sharders: list[Any] = [EmbeddingCollectionSharder()]
+        planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+        plan = planner.collective_plan(collection, sharders, dist.group.WORLD)
+        return DistributedModelParallel(
+            collection, device=self.device, plan=plan, sharders=sharders, init_data_parallel=False
+        )
+
+    def _initialize(self, seed: int) -> None:
+        for name, spec in self.specs.items():
+            for first, weights in self.local_shards(name):
+                step = max(1, _INIT_CHUNK_BYTES // (4 * spec.dim))
+                for start in range(0, len(weights), step):
+                    part = weights[start : start + step]
+                    part.copy_(torch.from_numpy(initial_rows(spec, seed, first + start, first + start + len(part))))
+
+    def lookup(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows of each table; a collective call, in which every rank may ask for different rows (or none).
+
+        ids: table -> int64 [n], distinct within a rank (see `deduplicate`); tables left out are asked for nothing.
+        Returns table -> float32 [n, dim]; `backward` through it updates the rows.
+        """
+        empty = torch.empty(0, dtype=torch.int64)
+        features: dict[str, KeyedJaggedTensor] = {}
+        for dim in sorted({spec.dim for spec in self.specs.values()}):
+            names = [name for name, spec in self.specs.items() if spec.dim == dim]
+            asked = [ids.get(name, empty) for name in names]
+            features[str(dim)] = KeyedJaggedTensor(
+                keys=[_t(name) for name in names],
+                values=torch.cat(asked).to(self.device),
+                lengths=torch.tensor([len(rows) for rows in asked], dtype=torch.int32, device=self.device),
+            )
+        found = self._module(features)
+        return {name: found[_t(name)] for name in self.specs}
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Takes effect in the next `backward`: FBGEMM's kernel reads the rate only when `step` hands it over."""
+        for group in self._fused.param_groups:
+            group["lr"] = learning_rate
+        self._fused.step()
+
+    def local_shards(self, name: str) -> list[tuple[int, Tensor]]:
+        """This rank's part of table `name`: (first row, weights [n, dim] in the table's precision, not a copy)."""
+        sharded = self._module.state_dict()[self._path(name)]
+        return [(shard.metadata.shard_offsets[0], shard.tensor.detach()) for shard in sharded.local_shards()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimiser state as sharded tensors, for the distributed checkpoint."""
+        weights = self._module.state_dict()
+        optimizer = self._fused.state_dict()["state"]
+        state = {f"weight.{name}": weights[self._path(name)] for name in self.specs}
+        for name in self.specs:
+            for slot, value in optimizer[self._path(name)].items():
+                if not isinstance(value, (int, float)):
+                    state[f"optimizer.{name}.{slot.rpartition('.')[2]}"] = value
+        return state
+
+    def _path(self, name: str) -> str:
+        return f"by_dim.{self.specs[name].dim}.embeddings.{_t(name)}.weight"

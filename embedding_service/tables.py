@@ -1,0 +1,108 @@
+"""What a table is: its specification, its initial rows, and the deduplication of what is looked up in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numba
+import numpy as np
+
+Precision = Literal["fp32", "fp16"]
+Optimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+
+_BYTES = {"fp32": 4, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One embedding table: `rows` x `dim` weights that start uniform in +-`init_scale` (0: all zeros)."""
+
+    name: str
+    rows: int
+    dim: int
+    init_scale: float
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"table {self.name} needs at least one row; got {self.rows}")
+        if self.dim % 4:
+            raise ValueError(f"table {self.name}: FBGEMM needs a dimension divisible by 4; got {self.dim}")
+
+    def num_bytes(self, optimizer: Optimizer) -> int:
+        """Bytes of weights and optimiser state (row-wise Adagrad: one float32 a row; Adagrad: one a weight)."""
+        state = {"sgd": 0, "rowwise_adagrad": 4, "adagrad": 4 * self.dim}[optimizer]
+        return self.rows * (self.dim * _BYTES[self.precision] + state)
+
+
+def initial_rows(spec: TableSpec, seed: int, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of a new table: float32 [stop - start, dim].
+
+    A pure function of (seed, table name, row, column), so that it does not depend on how the table is sharded:
+    splitmix64 (Steele, Lea, Flood 2014) of the element's number, its upper 24 bits as a uniform number.
+    """
+    out = np.empty((stop - start, spec.dim), np.float32)
+    if spec.init_scale == 0.0:
+        out.fill(0.0)
+    else:
+        key = np.uint64(seed) + np.uint64(int.from_bytes(spec.name.encode()[:8].ljust(8, b"\0"), "little"))
+        _fill_uniform(out.reshape(-1), np.uint64(start * spec.dim), key, np.float32(spec.init_scale))
+    return out
+
+
+@numba.njit("void(float32[::1], uint64, uint64, float32)", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _fill_uniform(out: np.ndarray, first: np.uint64, key: np.uint64, scale: np.float32) -> None:
+    base = key * np.uint64(0xD1342543DE82EF95)
+    for i in range(out.size):
+        z = base + (first + np.uint64(i) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+        unit = np.float32(z >> np.uint64(40)) * np.float32(2.0**-24)
+        out[i] = (np.float32(2.0) * unit - np.float32(1.0)) * scale
+
+
+def deduplicate(uses: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The distinct rows of several uses of one table, in order of first appearance, and each use as an index into them.
+
+    uses: name -> int64 [n]. Returns (int64 [u], name -> int64 [n]). Distinct rows make the exchange between workers small
+    and give the fused optimiser one gradient per row.
+    """
+    rows = np.concatenate(list(uses.values())) if uses else np.empty(0, np.int64)
+    unique, inverse = _distinct(rows.astype(np.int64, copy=False))
+    bounds = np.cumsum([len(rows) for rows in uses.values()])[:-1]
+    return unique, dict(zip(uses, np.split(inverse, bounds), strict=True))
+
+
+@numba.njit("Tuple((int64[::1], int64[::1]))(int64[::1])", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """np.unique(rows, return_inverse=True) by open addressing: no sort, and ranks keep the order of appearance."""
+    bits = 4
+    while (1 << bits) < 2 * rows.size:
+        bits += 1
+    mask = np.uint64((1 << bits) - 1)
+    shift = np.uint64(64 - bits)
+    slots = np.full(1 << bits, -1, np.int64)
+    unique = np.empty(rows.size, np.int64)
+    inverse = np.empty(rows.size, np.int64)
+    count = 0
+    for i in range(rows.size):
+        row = rows[i]
+        slot = (np.uint64(row) * np.uint64(0x9E3779B97F4A7C15)) >> shift
+        while slots[slot] >= 0 and unique[slots[slot]] != row:
+            slot = (slot + np.uint64(1)) & mask
+        if slots[slot] < 0:
+            slots[slot] = count
+            unique[count] = row
+            count += 1
+        inverse[i] = slots[slot]
+    return unique[:count].copy(), inverse
+
+
+def check_names(specs: Sequence[TableSpec]) -> None:
+    """Raises ValueError where two tables share a name."""
+    names = [spec.name for spec in specs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"table names must differ: {names}")

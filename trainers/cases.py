@@ -1,0 +1,118 @@
+"""Queries with their ground truth: read from a file, or held out of the training sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.config import Config
+from cluster.errors import DataError, SettingError
+from embedding_service.keys import Vocabulary
+from embedding_service.ragged import Ragged
+from trainers.prepare import Prepared
+from trainers.sessions import Columns, SessionBatch, SessionReader
+
+
+@dataclass(frozen=True)
+class Cases:
+    """n queries with their ground truth, as rows.
+
+    `history`: what the query sees, n lists, oldest first; `truth`: what it should find, -1 for items outside the
+    vocabulary, which count as missed; `single`: user and features, int64 [n], -1 where unknown.
+    """
+
+    history: Ragged
+    truth: Ragged
+    single: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.history)
+
+    def take(self, index: np.ndarray) -> Cases:
+        single = {name: rows[index] for name, rows in self.single.items()}
+        return Cases(self.history.take(index), self.truth.take(index), single)
+
+
+def load_validation(config: Config, prepared: Prepared) -> Cases | None:
+    """The run's validation cases, at most `train.validate_cases`; None if it has none."""
+    if config.data.valid:
+        return load_cases(config, prepared.keys, config.data.valid, limit=config.train.validate_cases)
+    held_out = prepared.folder / "valid.parquet"
+    if not held_out.exists():
+        return None
+    columns = Columns("items", "user" if config.data.user else "", "history", "", config.data.query_features)
+    return _to_cases(SessionReader(str(held_out), columns), prepared.keys)
+
+
+def load_cases(config: Config, keys: Mapping[str, Vocabulary], source: str, *, limit: int = 0) -> Cases:
+    """The cases of a file: columns `data.history` (or the users' training sessions) and `data.items` (the truth).
+
+    limit: at most so many, evenly spread over the file; 0: all. Raises DataError, SettingError.
+    """
+    data = config.data
+    columns = Columns(data.items, data.user, data.history, "", data.query_features)
+    if not data.history and not data.user:
+        raise SettingError("data.history", "is empty, and so is data.user: cases need a history, or a user to look it up")
+    cases = _to_cases(SessionReader(source, columns, bad_rows=data.bad_rows), keys)
+    if limit and len(cases) > limit:
+        cases = cases.take(np.linspace(0, len(cases) - 1, limit).astype(np.int64))
+    if not data.history:
+        cases = Cases(_training_histories(config, keys, cases.single["user"]), cases.truth, cases.single)
+    if not len(cases):
+        raise DataError("holds no cases", file=source)
+    return cases
+
+
+def _to_cases(reader: SessionReader, keys: Mapping[str, Vocabulary]) -> Cases:
+    histories, truths, singles = [], [], []
+    for batch in reader.stream():
+        rows = keys["item"].rows(batch.items.values)
+        limit = len(keys["item"].keys)
+        truths.append(batch.items.with_values(np.where(rows < limit, rows, -1)))
+        histories.append(_known(batch.history, keys["item"]) if batch.history is not None else _no_lists(len(batch)))
+        singles.append(_single(batch, keys))
+    single = {name: np.concatenate([part[name] for part in singles]) for name in singles[0]}
+    return Cases(Ragged.concat(histories), Ragged.concat(truths), single)
+
+
+def _single(batch: SessionBatch, keys: Mapping[str, Vocabulary]) -> dict[str, np.ndarray]:
+    single = {name: keys[f"query_{name}"].rows(values) for name, values in batch.features.items()}
+    if batch.user is not None:
+        single["user"] = keys["user"].rows(batch.user)
+    return single
+
+
+def _known(lists: Ragged, items: Vocabulary) -> Ragged:
+    rows = items.rows(lists.values)
+    return lists.with_values(rows).keep(rows >= 0)
+
+
+def _no_lists(num: int) -> Ragged:
+    return Ragged(np.empty(0, np.int64), np.zeros(num + 1, np.int64))
+
+
+def _training_histories(config: Config, keys: Mapping[str, Vocabulary], users: np.ndarray) -> Ragged:
+    """The training sessions of `users` [n], those of one user joined in file order: n lists of rows."""
+    if not config.data.train:
+        raise SettingError("data.train", "is empty, but data.history is too: histories come from the training sessions")
+    wanted = np.zeros(keys["user"].num_rows, bool)
+    wanted[users[users >= 0]] = True
+    owners, parts = [np.empty(0, np.int64)], [_no_lists(0)]
+    columns = Columns(config.data.items, config.data.user)
+    for batch in SessionReader(config.data.train, columns, bad_rows=config.data.bad_rows).stream():
+        assert batch.user is not None
+        owner = keys["user"].rows(batch.user)
+        chosen = np.flatnonzero((owner >= 0) & wanted[owner])
+        owners.append(owner[chosen])
+        parts.append(_known(batch.take(chosen).items, keys["item"]))
+    owner, sessions = np.concatenate(owners), Ragged.concat(parts)
+    order = np.argsort(owner, kind="stable")
+    by_user = sessions.take(order)
+    first = np.searchsorted(owner[order], np.arange(len(wanted) + 1))
+    joined = Ragged(by_user.values, by_user.offsets[first])  # user -> all their items
+    known = np.flatnonzero(users >= 0)
+    place = np.full(len(users), len(wanted), np.int64)
+    place[known] = users[known]
+    return Ragged.concat([joined, _no_lists(1)]).take(place)

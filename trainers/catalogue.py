@@ -1,0 +1,70 @@
+"""Ranking quality over the whole catalogue of a model in training: exact, on any number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from cluster.rank import Rank
+from embedding_service.ragged import Ragged
+from trainers.cases import Cases
+from trainers.metrics import METRICS, query_metrics
+from trainers.models import Model
+
+_QUERY_BLOCK = 8192
+_ITEM_CHUNK = 4096
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: Model,
+    cases: Cases,
+    *,
+    ks: Sequence[int],
+    place: Rank,
+    mask_seen: bool,
+    num_candidates: int = 0,
+) -> dict[str, float]:
+    """Every metric @k of a model in training, exact, over all candidates. A collective call: ranks share the cases.
+
+    mask_seen: what a history holds is not recommended. num_candidates: the first rows that are candidates; 0: all.
+    """
+    names = [f"{name}@{k}" for k in ks for name in METRICS]
+    mine = cases.take(np.arange(place.rank, len(cases), place.world_size))
+    num_blocks = -(-(-(-len(cases) // place.world_size)) // _QUERY_BLOCK)
+    totals = torch.zeros(len(names) + 1, dtype=torch.float64)
+    for block in range(num_blocks):
+        part = mine.take(np.arange(block * _QUERY_BLOCK, min(len(mine), (block + 1) * _QUERY_BLOCK)))
+        seen = part.history if mask_seen else None
+        ranked = _rank_catalogue(model, part, max(ks), seen, num_candidates or model.num_items)
+        if len(part):
+            values = query_metrics(ranked, part.truth, names)
+            totals[:-1] += torch.tensor([np.nansum(values[name]) for name in names], dtype=torch.float64)
+            totals[-1] += int((~np.isnan(values[names[0]])).sum())
+    dist.all_reduce(totals)
+    return {name: float(total / totals[-1]) for name, total in zip(names, totals, strict=False)}
+
+
+def _rank_catalogue(model: Model, cases: Cases, k: int, seen: Ragged | None, num_candidates: int) -> np.ndarray:
+    """The k best candidates of each case, best first: int64 [n, k], -1 where the catalogue has fewer."""
+    query = model.encode_queries(cases.history, cases.single)
+    masked_item = masked_query = np.empty(0, np.int64)
+    if seen is not None:
+        order = np.argsort(seen.values, kind="stable")
+        masked_item, masked_query = seen.values[order], seen.owners()[order]
+    best = query.new_full((len(cases), k), -torch.inf)
+    rows = torch.full((len(cases), k), -1, dtype=torch.int64, device=query.device)
+    for start in range(0, num_candidates, _ITEM_CHUNK):
+        stop = min(num_candidates, start + _ITEM_CHUNK)
+        scores = query @ model.encode_items(start, stop).T
+        low, high = np.searchsorted(masked_item, [start, stop])
+        scores[torch.from_numpy(masked_query[low:high]), torch.from_numpy(masked_item[low:high] - start)] = -torch.inf
+        top = scores.topk(min(k, stop - start), dim=1)
+        values, choice = torch.cat([best, top.values], 1).topk(k, dim=1)
+        rows = torch.cat([rows, top.indices + start], 1).gather(1, choice)
+        best = values
+    rows[best == -torch.inf] = -1
+    return rows.cpu().numpy()

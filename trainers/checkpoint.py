@@ -1,0 +1,352 @@
+"""Checkpoints: torch's distributed checkpoint for tensors, JSON for the rest, and a pointer that flips last.
+
+    <run>/checkpoints/
+        pointer.json                    {"last": name, "best": name or null}: written new, renamed into place
+        step-000000001200/
+            checkpoint.json             position, progress, config, and every file's size and sha256
+            tensors.json                torch's checkpoint metadata: which rows of which tensor lie where
+            __<rank>_<n>.distcp         tables, optimiser state and towers, as every rank wrote them
+            keys/                       the key maps and item features
+
+Everything random follows from (seed, position), so the position is also the state of all random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from cluster.config import Config, config_to_dict
+from cluster.errors import CheckpointError
+from cluster.storage import checksum, publish_folder, remove_folder, write_json
+from trainers.models import Model
+
+FORMAT = 1
+
+# Settings that may change between a run's sessions: the rest would make it another run.
+_FREE = ("run", "cluster.", "serve.", "export.", "data.test", "data.mask_seen") + tuple(
+    f"train.{name}"
+    for name in (
+        "epochs", "threads", "validate_every", "patience", "metric", "checkpoint_seconds", "report_seconds",
+        "keep_checkpoints",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the data training stands: everything before `offset` of `window` of `epoch` has been trained on."""
+
+    epoch: int = 0
+    window: int = 0
+    offset: int = 0
+
+
+@dataclass
+class Progress:
+    """What a run knows besides its tensors."""
+
+    position: Position = Position()
+    step: int = 0
+    best_value: float | None = None
+    best_epoch: int = -1
+    bad_validations: int = 0
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Progress:
+        return cls(**{**value, "position": Position(**value["position"])})
+
+
+class CheckpointStore:
+    """The checkpoints of one run. `save` and `resume` are collective calls."""
+
+    def __init__(self, run: str | Path, *, keep: int = 2) -> None:
+        self.run = Path(run)
+        self.folder = self.run / "checkpoints"
+        self.keep = keep
+
+    def save(self, model: Model, progress: Progress, config: Config, *, best: bool = False) -> None:
+        """Write a checkpoint beside the others, flip the pointer to it, then remove those no longer kept."""
+        name = f"step-{progress.step:012d}"
+        temporary = self.folder / f".{name}.tmp"
+        first = dist.get_rank() == 0
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        dcp.save(
+            _tensors(model),
+            storage_writer=_JsonWriter(temporary),
+            planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        )
+        mine = {file.name: _describe(file) for file in temporary.glob(f"__{dist.get_rank()}_*")}
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+        if first:
+            files = {path: entry for part in gathered for path, entry in part.items()}
+            self._finish(temporary, name, files, progress, config, best)
+        dist.barrier()
+
+    def _finish(
+        self, temporary: Path, name: str, files: dict[str, Any], progress: Progress, config: Config, best: bool
+    ) -> None:
+        (temporary / "keys").mkdir()
+        for source in sorted((self.run / "prepared").iterdir()):
+            _link(source, temporary / "keys" / source.name)
+            files[f"keys/{source.name}"] = _describe(source)
+        files["tensors.json"] = _describe(temporary / "tensors.json")
+        write_json(
+            temporary / "checkpoint.json",
+            {"format": FORMAT, "progress": progress.to_dict(), "config": config_to_dict(config), "files": files},
+        )
+        remove_folder(self.folder / name)
+        publish_folder(temporary, self.folder / name)
+        pointer = self.pointer()
+        pointer["last"] = name
+        if best:
+            pointer["best"] = name
+        write_json(self.folder / "pointer.json", pointer)
+        for old in [other for other in self.names() if other != pointer["best"]][: -self.keep]:
+            remove_folder(self.folder / old)
+        for leftover in self.folder.glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def pointer(self) -> dict[str, str | None]:
+        """{"last": name, "best": name}, None where there is none (or the pointer was lost)."""
+        try:
+            pointer = json.loads((self.folder / "pointer.json").read_text())
+            return {"last": pointer["last"], "best": pointer["best"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {"last": None, "best": None}
+
+    def names(self) -> list[str]:
+        """Complete checkpoints, oldest first."""
+        return sorted(path.parent.name for path in self.folder.glob("step-*/checkpoint.json"))
+
+    def choose(self, which: str = "last") -> tuple[str, dict[str, Any], list[str]] | None:
+        """(name, description, why newer ones were passed over) of the newest sound checkpoint; None if there are none.
+
+        which: `last`, or `best` (the last where no validation has chosen one). Raises CheckpointError if there are
+        checkpoints and all are damaged.
+        """
+        names = self.names()[::-1]
+        best = self.pointer()["best"]
+        if which == "best" and best in names:
+            names.sort(key=lambda name: name != best)
+        refused = []
+        for name in names:
+            try:
+                return name, verify(self.folder / name), refused
+            except CheckpointError as error:
+                refused.append(str(error))
+        if refused:
+            raise CheckpointError(f"no checkpoint of {self.run} can be used: {'; '.join(refused)}")
+        return None
+
+    def resume(self, model: Model, config: Config, *, which: str = "last") -> tuple[Progress, list[str]]:
+        """Load the newest sound checkpoint into `model`; (its progress, warnings). New Progress if there is none.
+
+        Raises CheckpointError if the checkpoint is of a run with other settings.
+        """
+        chosen: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                chosen = [self.choose(which)]
+            except CheckpointError as error:
+                chosen = [str(error)]
+        dist.broadcast_object_list(chosen)
+        if isinstance(chosen[0], str):
+            raise CheckpointError(chosen[0])
+        if chosen[0] is None:
+            return Progress(), []
+        name, description, refused = chosen[0]
+        check_same_run(description["config"], config, self.folder / name)
+        _load(model, self.folder / name)
+        return Progress.from_dict(description["progress"]), [f"{reason}; going back to {name}" for reason in refused]
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The description of the checkpoint in `folder`, all of whose files are as they were written.
+
+    Raises CheckpointError that names the file and what is wrong with it.
+    """
+    try:
+        description: dict[str, Any] = json.loads((folder / "checkpoint.json").read_text())
+        version, files = description["format"], description["files"]
+        Progress.from_dict(description["progress"])
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {folder}: checkpoint.json is missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: checkpoint.json is damaged ({error})") from None
+    if version != FORMAT:
+        raise CheckpointError(f"checkpoint {folder}: has format {version}; this version reads format {FORMAT}")
+    for path, expected in files.items():
+        file = folder / path
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {folder}: file {path} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise CheckpointError(
+                f"checkpoint {folder}: file {path} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+            )
+        if checksum(file) != expected["checksum"]:
+            raise CheckpointError(f"checkpoint {folder}: file {path} is damaged (its checksum differs)")
+    return description
+
+
+def check_same_run(before: Mapping[str, Any], config: Config, where: Path) -> None:
+    """Raises CheckpointError naming the settings in which a checkpoint's config differs from the run's."""
+    old, new = dict(_leaves(before, "")), dict(_leaves(config_to_dict(config), ""))
+    changed = [
+        f"{path} was {old.get(path)!r} and is now {new.get(path)!r}"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path) and not path.startswith(_FREE)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"checkpoint {where} belongs to a run with other settings: {'; '.join(changed)}. Name another folder with "
+            "`--set run=...`, put the settings back, or start over with `--fresh`"
+        )
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _tensors(model: Model) -> dict[str, Any]:
+    """Every tensor of the training state by a flat name: sharded tables, towers, Adam's moments."""
+    state = {f"tables.{name}": value for name, value in model.tables.state_dict().items()}
+    for name, value in model.dense.state_dict().items():
+        state[f"dense.{name}"] = value
+    optimizer = model.dense_optimizer
+    if optimizer is not None:
+        for i, weight in enumerate(model.dense.parameters()):
+            slots = optimizer.state[weight]
+            for slot, like in (("exp_avg", weight), ("exp_avg_sq", weight), ("step", torch.zeros(()))):
+                if slot not in slots:
+                    slots[slot] = torch.zeros_like(like.detach())
+                state[f"adam.{i}.{slot}"] = slots[slot]
+    return state
+
+
+def _load(model: Model, folder: Path) -> None:
+    """Read the tensors in place. Raises CheckpointError if they do not fit the model."""
+    try:
+        dcp.load(
+            _tensors(model),
+            storage_reader=_JsonReader(folder),
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        )
+    except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {folder} does not fit the model: {error}") from None
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "checksum": checksum(file)}
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name where the file system can, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+class _JsonWriter(FileSystemWriter):
+    """torch's file writer, with the metadata as JSON: the original pickles them, and a pickle can run code."""
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        storage = {result.index: result.storage_data for part in results for result in part}
+        write_json(Path(self.path) / "tensors.json", _metadata_to_json(metadata, storage))
+
+
+class _JsonReader(FileSystemReader):
+    """The reader for `_JsonWriter`; tensors are read by torch.load(weights_only=True)."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / "tensors.json"
+        try:
+            return _metadata_from_json(json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error})") from None
+
+
+def _metadata_to_json(metadata: Metadata, storage: Mapping[MetadataIndex, _StorageInfo]) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata), f"{name} is not a tensor"
+        tensors[name] = {
+            "dtype": str(tensor.properties.dtype).removeprefix("torch."),
+            "size": list(tensor.size),
+            "chunks": [[list(chunk.offsets), list(chunk.sizes)] for chunk in tensor.chunks],
+        }
+    places = [
+        {
+            "tensor": index.fqn,
+            "chunk_offset": None if index.offset is None else list(index.offset),
+            "chunk": index.index,
+            "file": info.relative_path,
+            "offset": info.offset,
+            "length": info.length,
+        }
+        for index, info in storage.items()
+    ]
+    return {"tensors": tensors, "places": places}
+
+
+def _metadata_from_json(value: Mapping[str, Any]) -> Metadata:
+    tensors = {
+        name: TensorStorageMetadata(
+            properties=TensorProperties(dtype=_dtype(entry["dtype"])),
+            size=torch.Size(entry["size"]),
+            chunks=[
+                ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
+                for offsets, sizes in entry["chunks"]
+            ],
+        )
+        for name, entry in value["tensors"].items()
+    }
+    places = {}
+    for entry in value["places"]:
+        offset = None if entry["chunk_offset"] is None else torch.Size(entry["chunk_offset"])
+        file = entry["file"]
+        if Path(file).name != file:
+            raise ValueError(f"{file!r} is not a file of the checkpoint")
+        index = MetadataIndex(entry["tensor"], offset, entry["chunk"])
+        places[index] = _StorageInfo(file, entry["offset"], entry["length"])
+    return Metadata(state_dict_metadata=dict(tensors), planner_data=None, storage_data=places)
+
+
+def _dtype(name: str) -> torch.dtype:
+    kind = getattr(torch, name)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"{name!r} is not a dtype")
+    return kind
+

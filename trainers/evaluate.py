@@ -1,0 +1,124 @@
+"""Reports: the catalogue-wide quality of a run's checkpoint and of what was published from it, by one protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.config import Config, config_from_dict, config_to_dict, load_config
+from cluster.errors import CheckpointError, DataError, SettingError
+from cluster.launch import launch
+from cluster.rank import Rank, current_rank
+from embedding_service.artifact import Artifact
+from embedding_service.keys import Vocabulary
+from embedding_service.retrieval import Retriever
+from trainers.cases import Cases, load_cases, load_validation
+from trainers.catalogue import evaluate_model
+from trainers.checkpoint import CheckpointStore
+from trainers.metrics import METRICS, query_metrics
+from trainers.models import Model, build_model
+from trainers.prepare import Prepared, load_prepared
+
+
+def evaluate_artifact(
+    artifact: Artifact, cases: Cases, *, ks: Sequence[int], mask_seen: bool, exact: bool
+) -> dict[str, float]:
+    """Every metric @k of a served artifact, by exact search or through its index."""
+    retriever = Retriever(artifact, exact=exact)
+    names = [f"{name}@{k}" for k in ks for name in METRICS]
+    values: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for part in _blocks(cases, 2048):
+        features = {name: rows for name, rows in part.single.items() if name != "user"}
+        _, ranked = retriever.recommend_rows(
+            part.history, part.single.get("user"), features, max(ks), part.history if mask_seen else None
+        )
+        if ranked.shape[1] < max(ks):
+            ranked = np.pad(ranked, ((0, 0), (0, max(ks) - ranked.shape[1])), constant_values=-1)
+        for name, found in query_metrics(ranked, part.truth, names).items():
+            values[name].append(found)
+    return {name: float(np.nanmean(np.concatenate(found))) for name, found in values.items()}
+
+
+def _blocks(cases: Cases, size: int) -> Iterator[Cases]:
+    for start in range(0, len(cases), size):
+        yield cases.take(np.arange(start, min(len(cases), start + size)))
+
+
+def evaluate(
+    path: str, *, cases: str = "", ks: Sequence[int] = (20,), which: str = "best", overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The report of `lexshard evaluate`: metrics of a run's checkpoint and its published artifact, or of an artifact.
+
+    path: a run's folder, or an artifact's. cases: a file of cases, `valid` for the run's validation cases; empty: the
+    run's `data.test`. which: `best` or `last` checkpoint. Returns {"path", "cases", "num_cases", "results": [{"what",
+    "search", <metric>: value}]}. Raises LexshardError.
+    """
+    folder = Path(path)
+    if (folder / "config.toml").exists():
+        config = load_config(folder / "config.toml", [*overrides, f"run={folder}"])
+        keys: Mapping[str, Vocabulary] = load_prepared(folder).keys
+        artifact = Artifact.open(folder / "artifacts") if (folder / "artifacts" / "CURRENT").exists() else None
+    elif folder.exists():
+        artifact = Artifact.open(folder)
+        lineage = artifact.manifest["lineage"]
+        config = load_config(None, ()) if "config" not in lineage else config_from_dict(lineage["config"])
+        keys = {name: artifact.keys(name) for name in artifact.manifest["keys"]}
+    else:
+        raise CheckpointError(f"{path}: there is no such run or artifact")
+    is_run = (folder / "config.toml").exists()
+    results: list[dict[str, Any]] = []
+    source = cases or config.data.test
+    if not source:
+        raise SettingError("data.test", "is empty; name a file of cases with `--cases FILE`, or `--cases valid`")
+    found = _find_cases(config, keys, source)
+    if is_run:
+        settings = {"config": config_to_dict(config), "source": source, "ks": list(ks), "which": which}
+        figures = launch(_evaluate_checkpoint, settings, workers=1, engine="inline", storage=str(folder))
+        results.append({"what": f"checkpoint {figures.pop('checkpoint')}", "search": "exact", **figures})
+    if artifact is not None:
+        for exact in (True, False):
+            figures = evaluate_artifact(artifact, found, ks=ks, mask_seen=config.data.mask_seen, exact=exact)
+            results.append({"what": f"artifact {artifact.version}", "search": "exact" if exact else "index", **figures})
+    return {"path": str(path), "cases": source, "num_cases": len(found), "results": results}
+
+
+def _find_cases(config: Config, keys: Mapping[str, Vocabulary], source: str) -> Cases:
+    if source != "valid":
+        return load_cases(config, keys, source)
+    validation = load_validation(config, load_prepared(config.run))
+    if validation is None:
+        raise DataError(f"{config.run} has no validation cases: it was trained with data.holdout = none and no data.valid")
+    return validation
+
+
+def _evaluate_checkpoint(settings: dict[str, Any]) -> dict[str, Any]:
+    config = config_from_dict(settings["config"])
+    place = current_rank(config.cluster.device)
+    prepared = load_prepared(config.run)
+    model, name = load_trained(config, prepared, place, which=settings["which"])
+    figures: dict[str, Any] = evaluate_model(
+        model,
+        _find_cases(config, prepared.keys, settings["source"]),
+        ks=settings["ks"],
+        place=place,
+        mask_seen=config.data.mask_seen,
+        num_candidates=len(prepared.keys["item"].keys),
+    )
+    return {"checkpoint": name, **figures}
+
+
+def load_trained(config: Config, prepared: Prepared, place: Rank, *, which: str) -> tuple[Model, str]:
+    """The model of a run's checkpoint (`best` or `last`), and the checkpoint's name. Raises CheckpointError."""
+    store = CheckpointStore(config.run)
+    chosen = store.choose(which)
+    if chosen is None:
+        raise CheckpointError(f"{config.run} has no checkpoint yet; run `lexshard train` first")
+    model = build_model(config, prepared, device=place.device, threads=torch.get_num_threads())
+    store.resume(model, config, which=which)
+    return model, chosen[0]
+
+

@@ -1,0 +1,105 @@
+"""A run's checkpoint -> an immutable, measured artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.config import Config, config_from_dict, config_to_dict, load_config
+from cluster.errors import CheckpointError
+from cluster.launch import launch, report
+from cluster.rank import current_rank
+from embedding_service.artifact import ArtifactWriter
+from trainers.cases import Cases, load_validation
+from trainers.evaluate import load_trained
+from trainers.models import Model
+from trainers.prepare import Prepared, load_prepared
+
+_CHUNK_ROWS = 65_536
+_TUNING_QUERIES = 1000
+
+
+def export_run(
+    run: str | Path,
+    *,
+    out: str | Path = "",
+    which: str = "best",
+    overrides: Sequence[str] = (),
+    on_event: Any = None,
+) -> Path:
+    """Publish the run's checkpoint (`best` or `last`) as a new version below `out` (empty: `<run>/artifacts`).
+
+    Settings are the run's, with `overrides` (`export.precision=int8`...). Returns the version's folder.
+    Raises LexshardError.
+    """
+    folder = Path(run)
+    if not (folder / "config.toml").exists():
+        raise CheckpointError(f"{run} is not a run of `lexshard train`: it has no config.toml")
+    config = load_config(folder / "config.toml", [*overrides, f"run={folder}"])
+    settings = {"config": config_to_dict(config), "out": str(out or folder / "artifacts"), "which": which}
+    return Path(launch(_export, settings, workers=1, engine="inline", storage=str(folder), on_event=on_event))
+
+
+def _export(settings: dict[str, Any]) -> str:
+    config = config_from_dict(settings["config"])
+    place = current_rank(config.cluster.device)
+    prepared = load_prepared(config.run)
+    model, checkpoint = load_trained(config, prepared, place, which=settings["which"])
+    writer = ArtifactWriter(settings["out"])
+    for name, vocabulary in prepared.keys.items():
+        if not name.startswith("item_"):
+            writer.add_keys(name.removeprefix("query_"), vocabulary)
+    for name, keys in model.vector_sets().items():
+        _write_vectors(writer, model, name, keys.removeprefix("query_"), config)
+    writer.set_query_tower(model.query_tower.spec, model.query_tower.state_dict())
+    queries = _tuning_queries(config, prepared, model)
+    target = {"recall_target": config.export.recall_target, "recall_k": config.export.recall_k}
+    figures = {}
+    for index, vectors, metric in (("recommend", "item", "ip"), ("similar", model.similar_set, "cosine")):
+        report({"kind": "note", "text": f"building the index `{index}`"})
+        figures[index] = writer.add_index(
+            index,
+            vectors=vectors,
+            metric=metric,
+            factory=config.export.index,
+            queries=queries if index == "recommend" else None,
+            seed=config.train.seed,
+            **target,
+        )
+    lineage = {"run": Path(config.run).name, "checkpoint": checkpoint, "config": config_to_dict(config)}
+    return str(writer.publish(lineage=lineage, figures=_figures(config)))
+
+
+def _write_vectors(writer: ArtifactWriter, model: Model, name: str, keys: str, config: Config) -> None:
+    """One vector set, a chunk at a time."""
+    rows = model.table_rows(name)
+    normalized = name == "item" and config.model.kind == "two_tower" and config.model.normalize
+    sink = writer.add_vectors(
+        name, rows=rows, dim=config.model.dim, keys=keys, precision=config.export.precision, normalized=normalized
+    )
+    for start in range(0, rows, _CHUNK_ROWS):
+        stop = min(rows, start + _CHUNK_ROWS)
+        sink.write(start, model.vectors(name, start, stop).cpu().numpy())
+
+
+def _tuning_queries(config: Config, prepared: Prepared, model: Model) -> np.ndarray | None:
+    """Real queries for tuning the index: validation cases through the query tower; None without validation."""
+    cases: Cases | None = load_validation(config, prepared)
+    if cases is None:
+        return None
+    chosen = cases.take(np.linspace(0, len(cases) - 1, min(len(cases), _TUNING_QUERIES)).astype(np.int64))
+    queries = model.encode_queries(chosen.history, chosen.single).cpu().numpy()
+    return queries[np.abs(queries).max(1) > 0.0]  # a history of unknown items asks for nothing
+
+
+def _figures(config: Config) -> dict[str, Any]:
+    """The validation figures of the run, for the manifest."""
+    try:
+        result = json.loads((Path(config.run) / "result.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return {"validation": result["validations"], "best_epoch": result["best_epoch"]}

@@ -1,0 +1,310 @@
+"""The training loop. `train` is what the command line calls; `train_worker` is what every worker runs."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.config import Config, config_from_dict, config_to_dict, to_toml
+from cluster.errors import SettingError
+from cluster.launch import launch, report
+from cluster.rank import Rank, current_rank
+from cluster.storage import remove_folder, write_atomic, write_json
+from trainers.cases import Cases, load_validation
+from trainers.catalogue import evaluate_model
+from trainers.checkpoint import CheckpointStore, Position, Progress
+from trainers.metrics import parse_metric
+from trainers.models import Model, Step, build_model
+from trainers.objectives import linear_schedule
+from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, prepare
+from trainers.sessions import SessionReader, read_ahead
+
+
+
+def train(config: Config, *, fresh: bool = False, on_event: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Train the run that `config` describes, from its last checkpoint if it has one. Returns the run's result.
+
+    fresh: remove the run's folder first. on_event: gets every event of the worker (see `train_worker`).
+    Raises LexshardError for everything that is the user's to mend.
+    """
+    parse_metric(config.train.metric)
+    run = Path(config.run)
+    if fresh:
+        remove_folder(run)
+    if run.exists() and not run.is_dir():
+        raise SettingError("run", f"{run} is a file; name a folder")
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomic(run / "config.toml", to_toml(config).encode())
+    result: dict[str, Any] = launch(
+        train_worker,
+        config_to_dict(config),
+        workers=config.cluster.workers,
+        engine=config.cluster.engine,
+        device=config.cluster.device,
+        address=config.cluster.address,
+        max_failures=config.cluster.max_failures,
+        storage=str(run),
+        threads=config.train.threads,
+        on_event=on_event,
+    )
+    return result
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """One worker's part of a run. Returns its result (rank 0's is the run's).
+
+    Rank 0 reports events: {"kind": "note", "text"}, {"kind": "progress", "epoch", "share", "loss", "examples_per_second",
+    "seconds_left", "peak_rss_bytes"}, {"kind": "validation", "epoch", <metrics>}.
+    """
+    config = config_from_dict(settings)
+    place = current_rank(config.cluster.device)
+    torch.set_flush_denormal(True)  # a softmax of cosines is full of numbers too small to matter, and slow to multiply
+    reader = open_reader(config)
+    if place.is_first:
+        prepare(config, reader)
+    dist.barrier()
+    prepared = load_prepared(config.run, reader.fingerprint)
+    model = build_model(config, prepared, device=place.device, threads=torch.get_num_threads())
+    store = CheckpointStore(config.run, keep=config.train.keep_checkpoints)
+    progress, warnings = store.resume(model, config)
+    cases = load_validation(config, prepared)
+    if place.is_first:
+        _announce(config, prepared, model, progress, warnings)
+    run = _Run(config, place, reader, prepared, model, store, progress, cases)
+    run.train()
+    return run.result()
+
+
+class _Run:
+    """What the loop works with, in one worker."""
+
+    def __init__(
+        self,
+        config: Config,
+        place: Rank,
+        reader: SessionReader,
+        prepared: Prepared,
+        model: Model,
+        store: CheckpointStore,
+        progress: Progress,
+        cases: Cases | None,
+    ) -> None:
+        self.config, self.place, self.reader, self.prepared = config, place, reader, prepared
+        self.model, self.store, self.progress, self.cases = model, store, progress, cases
+        self.holdout = holdout_of(config, reader.num_sessions)
+        self.log = _MetricsLog(Path(config.run), progress.step) if place.is_first else None
+        self.started = time.monotonic() - progress.seconds
+        self.saved_at = self.reported_at = time.monotonic()
+        self.loss, self.pairs, self.examples = 0.0, 0, 0
+        self.share_at_start = self._share(progress.position, 0)
+
+    def train(self) -> None:
+        """Epochs of steps; a checkpoint now and then, a validation at an epoch's end."""
+        for epoch in range(self.progress.position.epoch, self.config.train.epochs):
+            if self._stopped_early():
+                break
+            for position, share, step in self._steps(epoch):
+                rate = linear_schedule(share, warmup=self.config.train.warmup, final_rate=self.config.train.final_rate)
+                loss, pairs = self.model.step(step, rate)
+                self.progress.position = position
+                self.progress.step += 1
+                self._count(loss, pairs, step.num_examples, share, rate)
+                if self._checkpoint_is_due():
+                    self._save()
+            self.progress.position = Position(epoch + 1)
+            self._save(best=self._validate(epoch))
+        if self.log is not None:
+            self.log.close()
+
+    def _steps(self, epoch: int) -> Iterator[tuple[Position, float, Step]]:
+        """(position after the step, share of the training before it, the prepared step), read and prepared ahead."""
+        return read_ahead(self._prepared_steps(epoch))
+
+    def _prepared_steps(self, epoch: int) -> Iterator[tuple[Position, float, Step]]:
+        seed, world = self.config.train.seed, self.place.world_size
+        offset = self.progress.position.offset
+        windows = self.reader.windows(epoch, self.progress.position.window)
+        try:
+            for window, batch in windows:
+                sessions = self.prepared.rows(self.holdout.training(batch))
+                plan = self.model.plan(sessions, (seed, epoch, window))
+                while offset < plan.size:
+                    stop = plan.stop_after(offset, world)
+                    start, end = plan.share(offset, stop, self.place.rank, world)
+                    step_seed = _mix(seed, epoch, window, offset, self.place.rank)
+                    step = self.model.prepare(plan.batch(start, end), step_seed)
+                    share = self._share(Position(epoch, window, offset), plan.size)
+                    yield Position(epoch, window, stop), share, step
+                    offset = stop
+                offset = 0
+        finally:
+            windows.close()  # type: ignore[attr-defined]
+
+    def _share(self, position: Position, window_size: int) -> float:
+        """Share of the whole training before `position`: a pure function of the data, whatever the workers."""
+        inside = position.offset / window_size if window_size else 0.0
+        done = position.epoch + (position.window + inside) / self.reader.num_windows()
+        return min(1.0, done / self.config.train.epochs)
+
+    def _count(self, loss: float, pairs: int, examples: int, share: float, rate: float) -> None:
+        self.loss, self.pairs, self.examples = self.loss + loss, self.pairs + pairs, self.examples + examples
+        now = time.monotonic()
+        if self.log is None or now - self.reported_at < min(1.0, self.config.train.report_seconds):
+            return
+        seconds = now - self.started
+        gained = share - self.share_at_start
+        session_seconds = seconds - self.progress.seconds
+        event = {
+            "kind": "progress",
+            "step": self.progress.step,
+            "epoch": self.progress.position.epoch,
+            "share": share,
+            "loss": self.loss / max(1, self.pairs),
+            "rate": rate,
+            "examples_per_second": self.examples * self.place.world_size / (now - self.reported_at),
+            "seconds": seconds,
+            "seconds_left": session_seconds * (1.0 - share) / gained if gained > 0 else None,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        self.log.write(event)
+        report(event)
+        self.reported_at, self.loss, self.pairs, self.examples = now, 0.0, 0, 0
+
+    def _checkpoint_is_due(self) -> bool:
+        """Whether rank 0's clock says so; asked once a second, since asking costs an exchange."""
+        due = time.monotonic() - self.saved_at >= self.config.train.checkpoint_seconds
+        if self.place.world_size == 1:
+            return due
+        if self.progress.step % self.steps_between_questions:
+            return False
+        flag = torch.tensor([due], dtype=torch.int32)
+        dist.broadcast(flag, 0)
+        return bool(flag.item())
+
+    steps_between_questions = 16
+
+    def _save(self, *, best: bool = False) -> None:
+        self.progress.seconds = time.monotonic() - self.started
+        self.store.save(self.model, self.progress, self.config, best=best)
+        self.saved_at = time.monotonic()
+
+    def _validate(self, epoch: int) -> bool:
+        """Score the validation cases if this epoch is one for it; whether it is the best so far."""
+        every = self.config.train.validate_every
+        last = epoch + 1 == self.config.train.epochs
+        if self.cases is None or not every or ((epoch + 1) % every and not last):
+            return False
+        metric = self.config.train.metric
+        _, k = parse_metric(metric)
+        figures = evaluate_model(
+            self.model, self.cases, ks=(k,), place=self.place, mask_seen=self.config.data.mask_seen,
+            num_candidates=len(self.prepared.keys["item"].keys),
+        )
+        value = figures[metric]
+        progress = self.progress
+        best = progress.best_value is None or value > progress.best_value
+        progress.bad_validations = 0 if best else progress.bad_validations + 1
+        if best:
+            progress.best_value, progress.best_epoch = value, epoch
+        progress.validations.append({"epoch": epoch + 1, **figures})
+        if self.log is not None:
+            event = {"kind": "validation", "step": progress.step, "epoch": epoch + 1, **figures, "best": best}
+            self.log.write(event)
+            report(event)
+        return best
+
+    def _stopped_early(self) -> bool:
+        patience = self.config.train.patience
+        return bool(patience) and self.progress.bad_validations >= patience
+
+    def result(self) -> dict[str, Any]:
+        """The run's figures; rank 0 also leaves them in `<run>/result.json`."""
+        progress = self.progress
+        result = {
+            "run": self.config.run,
+            "epochs": progress.position.epoch,
+            "steps": progress.step,
+            "stopped_early": self._stopped_early() and progress.position.epoch < self.config.train.epochs,
+            "seconds": progress.seconds,
+            "workers": self.place.world_size,
+            "items": self.model.num_items,
+            "bad_rows": self.reader.num_bad,
+            "best_epoch": progress.best_epoch + 1 if progress.best_epoch >= 0 else None,
+            "best": {self.config.train.metric: progress.best_value} if progress.best_value is not None else {},
+            "validations": progress.validations,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        if self.place.is_first:
+            write_json(Path(self.config.run) / "result.json", result)
+        return result
+
+
+class _MetricsLog:
+    """`<run>/metrics.jsonl` and TensorBoard events, numbers only; a resumed run goes on behind its checkpoint's step."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run / "metrics.jsonl"
+        kept = []
+        if path.exists():  # steps after the checkpoint are trained, and written, once more
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
+        self._lines = open(path, "a")  # noqa: SIM115 - closed by close()
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, event: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(event) + "\n")
+        self._lines.flush()
+        for name, value in event.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{event['kind']}/{name}", value, event["step"])
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that a kill cut off
+
+
+def _announce(config: Config, prepared: Prepared, model: Model, progress: Progress, warnings: list[str]) -> None:
+    for warning in warnings:
+        report({"kind": "note", "text": f"warning: {warning}"})
+    tables = sum(spec.num_bytes(model.tables.optimizer) for spec in model.tables.specs.values())
+    text = (
+        f"{config.model.kind}: {prepared.num_sessions:,} sessions, {model.num_items:,} items, "
+        f"{len(model.tables.specs)} tables of {tables / 2**20:,.1f} MiB with optimiser state"
+    )
+    report({"kind": "note", "text": text})
+    position = progress.position
+    if progress.step:
+        where = f"epoch {position.epoch + 1}, window {position.window}, offset {position.offset}"
+        done = position.epoch >= config.train.epochs
+        text = "nothing left to do; raise train.epochs to go on" if done else f"going on at {where}"
+        report({"kind": "note", "text": f"checkpoint of step {progress.step} loaded: {text}"})
+
+
+def _mix(*numbers: int) -> int:
+    """One 48-bit seed from several integers."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 0x9E3779B97F4A7C15 + number + 1) % 2**64
+        mixed ^= mixed >> 29
+    return mixed >> 16
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

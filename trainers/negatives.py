@@ -1,0 +1,100 @@
+"""Where negatives come from, and the corrections that their sampling asks for."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+
+class UnigramSampler:
+    """Draws rows with probability proportional to count ** exponent, in constant time (Walker's alias method, 1977).
+
+    exponent .75 is word2vec's (Mikolov et al. 2013); 0 is uniform; items want less than words, or even a negative one
+    (Caselles-Dupré et al. 2018). Rows with count 0 are never drawn, unless all are.
+    """
+
+    def __init__(self, counts: np.ndarray, exponent: float) -> None:
+        """counts: int64 [rows]."""
+        self.probability = unigram_probability(counts, exponent)
+        self._accept, self._alias = _alias_tables(self.probability)
+
+    def draw(self, num: int, seed: int) -> np.ndarray:
+        """`num` rows as int64, a pure function of `seed`."""
+        return _draw(self._accept, self._alias, num, np.uint64(seed))
+
+
+def unigram_probability(counts: np.ndarray, exponent: float) -> np.ndarray:
+    """count ** exponent, normalised over the rows that occur: float64 [rows]."""
+    weight = np.zeros(len(counts))
+    seen = counts > 0
+    if not seen.any():
+        return np.full(len(counts), 1.0 / len(counts))
+    weight[seen] = counts[seen].astype(np.float64) ** exponent
+    return weight / weight.sum()
+
+
+def log_frequency(counts: np.ndarray) -> np.ndarray:
+    """log Q of in-batch negatives, which occur as often as the items do: float32 [rows].
+
+    Rows that never occur get the log of half an event, so that the correction stays finite (Yi et al. 2019, section 4).
+    """
+    total = max(1, int(counts.sum()))
+    return np.log(np.maximum(counts, 0.5) / total).astype(np.float32)
+
+
+def keep_probability(counts: np.ndarray, threshold: float) -> np.ndarray:
+    """Subsampling of frequent keys: min(1, sqrt(t / f) + t / f) with f the key's share of all events: float32 [rows].
+
+    word2vec's code (Mikolov et al. 2013, whose paper leaves the second term out); threshold 0 keeps everything.
+    """
+    if threshold <= 0.0:
+        return np.ones(len(counts), np.float32)
+    share = np.maximum(counts, 1) / max(1, counts.sum())
+    return np.minimum(1.0, np.sqrt(threshold / share) + threshold / share).astype(np.float32)
+
+
+@numba.njit("Tuple((float64[::1], int64[::1]))(float64[::1])", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _alias_tables(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Vose's (1991) construction: row i is taken with accept[i], else alias[i]."""
+    n = probability.size
+    accept = probability * n
+    alias = np.arange(n)
+    small = np.empty(n, np.int64)
+    large = np.empty(n, np.int64)
+    num_small = num_large = 0
+    for i in range(n):
+        if accept[i] < 1.0:
+            small[num_small] = i
+            num_small += 1
+        else:
+            large[num_large] = i
+            num_large += 1
+    while num_small > 0 and num_large > 0:
+        num_small -= 1
+        little, big = small[num_small], large[num_large - 1]
+        alias[little] = big
+        accept[big] -= 1.0 - accept[little]
+        if accept[big] < 1.0:
+            num_large -= 1
+            small[num_small] = big
+            num_small += 1
+    for i in range(num_large):
+        accept[large[i]] = 1.0
+    for i in range(num_small):  # left over by rounding only: their probability is 1/n to machine precision
+        accept[small[i]] = 1.0 if probability[small[i]] > 0.0 else accept[small[i]]
+    return accept, alias
+
+
+@numba.njit("int64[::1](float64[::1], int64[::1], int64, uint64)", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _draw(accept: np.ndarray, alias: np.ndarray, num: int, seed: np.uint64) -> np.ndarray:
+    out = np.empty(num, np.int64)
+    base = (seed + np.uint64(1)) * np.uint64(0xD1342543DE82EF95)
+    for i in range(num):
+        z = base + np.uint64(i + 1) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+        row = np.int64((np.uint64(z >> np.uint64(32)) * np.uint64(accept.size)) >> np.uint64(32))
+        coin = np.float64(z & np.uint64(0xFFFFFFFF)) * 2.0**-32
+        out[i] = row if coin < accept[row] else alias[row]
+    return out

@@ -1,0 +1,190 @@
+"""Two-tower retrieval: a query tower and an item tower, trained by InfoNCE with in-batch negatives (Yi et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from embedding_service.ragged import Ragged
+from embedding_service.sharding import ShardedTables
+from embedding_service.tables import Optimizer, Precision, TableSpec
+from embedding_service.towers import InputRows, Tower, TowerInput, TowerSpec, input_rows
+from trainers.examples import PairBatch, PairPlan
+from trainers.lookups import Lookups, plan_lookups, read_blocks
+from trainers.negatives import log_frequency
+from trainers.objectives import info_nce
+from trainers.prepare import Sessions
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A batch, ready: what to look up, and the constants of the loss."""
+
+    lookups: Lookups
+    log_q: Tensor
+    hits: tuple[Tensor, Tensor]
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.log_q)
+
+
+class TwoTower:
+    """Towers over sharded tables: `item`, and as asked for `history` (unless shared), `user` and one per feature."""
+
+    def __init__(
+        self,
+        counts: np.ndarray,
+        *,
+        rows: Mapping[str, int],
+        item_features: Mapping[str, np.ndarray],
+        query: Sequence[str],
+        query_features: Sequence[str],
+        share_items: bool,
+        hidden: tuple[int, ...],
+        dim: int,
+        precision: Precision,
+        init_scale: float,
+        examples: Literal["every_item", "next_item", "last_item"],
+        mask: Literal["item", "session"],
+        history_decay: float,
+        history_length: int,
+        temperature: float,
+        logq: float,
+        normalize: bool,
+        batch_size: int,
+        optimizer: Optimizer,
+        learning_rate: float,
+        dense_learning_rate: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """counts: int64 [items], how often each is a positive; rows: key map -> table rows; item_features: name -> int64
+        [items]. What the settings mean: `lexshard config --show`.
+        """
+        self.num_items = len(counts)
+        self._item_features = dict(item_features)
+        scale = init_scale or dim**-0.5
+        self._table_of = {"item_id": "item", "history": "item" if share_items else "history", "user": "user"}
+        inputs = [
+            TowerInput(source, source, "user" if source == "user" else "history", dim)
+            if source != "history"
+            else TowerInput("history", "history", "history", dim, history_decay, history_length)
+            for source in query
+        ]
+        inputs += [TowerInput(f"query_{name}", name, f"query_{name}", dim) for name in query_features]
+        candidate = [TowerInput("item_id", "item", "item_id", dim)]
+        candidate += [TowerInput(f"item_{name}", name, f"item_{name}", dim) for name in item_features]
+        names = ["item"] + ["history"] * (not share_items and any(block.vectors == "history" for block in inputs))
+        names += ["user"] * ("user" in query)
+        names += [f"query_{name}" for name in query_features] + [f"item_{name}" for name in item_features]
+        self._table_of |= {name: name for name in names if name not in ("item", "history", "user")}
+        key_map = {"history": "item"}
+        self.tables = ShardedTables(
+            [TableSpec(name, rows[key_map.get(name, name)], dim, scale, precision) for name in names],
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            seed=seed,
+            device=device,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.query_tower = Tower(TowerSpec(tuple(inputs), dim, hidden, normalize)).to(device)
+            self.item_tower = Tower(TowerSpec(tuple(candidate), dim, hidden, normalize)).to(device)
+        self.dense = nn.ModuleDict({"query_tower": self.query_tower, "item_tower": self.item_tower})
+        weights = list(self.dense.parameters())
+        self.dense_optimizer = torch.optim.Adam(weights, lr=dense_learning_rate) if weights else None
+        self._with_history = any(block.source in ("history", "last_item") for block in inputs)
+        self._log_q = log_frequency(counts) * logq
+        self._examples, self._mask, self._history_length = examples, mask, history_length
+        self._batch_size, self._temperature = batch_size, temperature
+        self._learning_rate, self._dense_learning_rate = learning_rate, dense_learning_rate
+
+    def plan(self, sessions: Sessions, numbers: tuple[int, ...]) -> PairPlan:
+        """The examples of a window; numbers: (seed, epoch, window)."""
+        return PairPlan(
+            sessions,
+            batch_size=self._batch_size,
+            kind=self._examples,
+            with_history=self._with_history,
+            history_length=self._history_length,
+            mask=self._mask,
+            numbers=numbers,
+        )
+
+    def prepare(self, batch: PairBatch, seed: int) -> _Step:
+        """Find the batch's distinct rows; needs no other worker, so it can run ahead. `seed` is not used."""
+        single = dict(batch.features)
+        if batch.user is not None:
+            single["user"] = batch.user
+        inputs = input_rows(self.query_tower.spec, history=batch.history, single=single)
+        inputs |= self._item_inputs(batch.item)
+        hits = (torch.from_numpy(batch.hits[0]), torch.from_numpy(batch.hits[1]))
+        return _Step(plan_lookups(inputs, self._table_of), torch.from_numpy(self._log_q[batch.item]), hits)
+
+    def step(self, step: _Step, rate: float) -> tuple[float, int]:
+        """One update on the summed loss of the examples of all workers, so that the learning rate is one per example.
+
+        rate: factor on the peak learning rates. Returns (this worker's summed loss, its number of examples).
+        """
+        self.tables.set_learning_rate(self._learning_rate * rate)
+        blocks = step.lookups.blocks(self.tables.lookup(step.lookups.ids))
+        query, item = self.query_tower(blocks), self.item_tower(blocks)
+        device = item.device
+        hits = (step.hits[0].to(device), step.hits[1].to(device))
+        loss = info_nce(query, item, step.log_q.to(device), hits, temperature=self._temperature)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.dense_optimizer is not None:
+            self._update_dense(self.dense_optimizer, rate)
+        return loss.item(), len(item)
+
+    def _update_dense(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        for weight in self.dense.parameters():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            dist.all_reduce(weight.grad)
+        for group in optimizer.param_groups:
+            group["lr"] = self._dense_learning_rate * rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _item_inputs(self, items: np.ndarray) -> dict[str, InputRows]:
+        single = {"item": items} | {name: values[items] for name, values in self._item_features.items()}
+        return input_rows(self.item_tower.spec, history=None, single=single)
+
+    def encode_queries(self, history: Ragged, single: Mapping[str, np.ndarray]) -> Tensor:
+        """Query vectors of n cases: float32 [n, dim]. A collective call."""
+        inputs = input_rows(self.query_tower.spec, history=history, single=single)
+        with torch.no_grad():
+            return self.query_tower(read_blocks(self.tables, inputs, self._table_of))  # type: ignore[no-any-return]
+
+    def encode_items(self, start: int, stop: int) -> Tensor:
+        """Candidate vectors of items start..stop - 1: float32 [stop - start, dim]. A collective call."""
+        inputs = self._item_inputs(np.arange(start, stop))
+        with torch.no_grad():
+            return self.item_tower(read_blocks(self.tables, inputs, self._table_of))  # type: ignore[no-any-return]
+
+    def vectors(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a vector set of the artifact: float32 [stop - start, dim]. A collective call."""
+        if name == "item":
+            return self.encode_items(start, stop)
+        table = self._table_of[name]
+        with torch.no_grad():
+            return self.tables.lookup({table: torch.arange(start, stop)})[table]
+
+    def vector_sets(self) -> dict[str, str]:
+        """Vector set of the artifact -> key map of its rows: the item tower's output, and what the query tower reads."""
+        read = {block.vectors for block in self.query_tower.spec.inputs}
+        return {"item": "item"} | {name: "item" if name == "history" else name for name in sorted(read)}
+
+    def table_rows(self, name: str) -> int:
+        """Rows of the table behind a vector set."""
+        return self.num_items if name == "item" else self.tables.specs[self._table_of[name]].rows
+
+    similar_set = "item"
