@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 PYTHON = (3, 11)
 PINS = {  # as in pyproject.toml; a test holds them together
@@ -91,8 +91,9 @@ def gather() -> Facts:
 
 def diagnose(facts: Facts) -> list[Finding]:
     """Every check's verdict, in the order in which they are best mended."""
-    return [*_check_python(facts), *_check_fbgemm(facts), *_check_faiss(facts), *_check_pins(facts),
-            *_check_imports(facts), *_check_machine(facts)]  # fmt: skip
+    findings = [*_check_python(facts), *_check_fbgemm(facts), *_check_faiss(facts), *_check_pins(facts)]
+    blamed = {finding.subject for finding in findings if finding.level == "problem"}
+    return [*findings, *_check_imports(facts, blamed), *_check_machine(facts)]
 
 
 def to_json(findings: list[Finding]) -> str:
@@ -192,24 +193,35 @@ def _install(name: str, pin: str) -> str:
     return f"{_PIP} {'--no-deps ' if name == 'torchrec' else ''}{name}=={pin}"
 
 
-def _check_imports(facts: Facts) -> Iterator[Finding]:
+def _check_imports(facts: Facts, blamed: set[str]) -> Iterator[Finding]:
+    """Failed probes, the cause only: torch takes fbgemm down, and fbgemm torchrec; so does what is `blamed` already."""
+    fbgemm, faiss = FBGEMM[_flavour(facts)], FAISS[_flavour(facts)]
+    chain_is_blamed = bool(blamed & {"torch", "torchrec", "fbgemm", *FBGEMM.values()})
     for module, error in facts.errors.items():
-        name = {"fbgemm_gpu": FBGEMM[_flavour(facts)], "faiss": FAISS[_flavour(facts)]}.get(module, module)
-        if name not in facts.versions:
-            continue  # said already
-        pin = {FBGEMM[_flavour(facts)]: FBGEMM_PIN, FAISS[_flavour(facts)]: FAISS_PIN}.get(name) or PINS[name]
-        library = re.search(r"(lib(?:cu|nv|nccl)[\w.-]*\.so[\w.]*)", error)
-        reinstall = f"{_PIP} --force-reinstall --no-deps {name}=={pin}"
-        if library and facts.gpus == 0:
-            detail = f"needs the CUDA library {library[1]}, and this machine has no GPU: it is the CUDA build"
-            yield Finding("problem", name, detail, _to_cpu(name, pin))
-        elif library:
-            yield Finding("problem", name, f"does not find the CUDA library {library[1]}", f"{_PIP} torch=={PINS['torch']} # brings the CUDA libraries; then: {reinstall}")  # fmt: skip
-        elif "undefined symbol" in error:
-            detail = f"was built for another torch ({error})"
-            yield Finding("problem", name, detail, f"{_PIP} torch=={PINS['torch']} && {reinstall}")
-        else:
-            yield Finding("problem", name, f"does not import: {error}", reinstall)
+        name = {"fbgemm_gpu": fbgemm, "faiss": faiss}.get(module, module)
+        in_chain = module in ("torch", "fbgemm_gpu", "torchrec")
+        if name in blamed or (in_chain and chain_is_blamed) or (module == "faiss" and "faiss" in blamed):
+            continue
+        chain_is_blamed |= in_chain
+        yield _judge_import(name, error, facts)
+
+
+def _judge_import(name: str, error: str, facts: Facts) -> Finding:
+    pin = {**PINS, **dict.fromkeys(FBGEMM.values(), FBGEMM_PIN), **dict.fromkeys(FAISS.values(), FAISS_PIN)}[name]
+    reinstall = f"{_PIP} --force-reinstall --no-deps {name}=={pin}"
+    library = re.search(r"lib(?:cu|nv|nccl)[\w.-]*\.so[\w.]*", error)
+    if library and facts.gpus == 0:
+        detail = f"needs the CUDA library {library[0]}, and this machine has no GPU: it is the CUDA build"
+        return Finding("problem", name, detail, _to_cpu(name, pin))
+    if library:  # torch's wheel brings the CUDA libraries, faiss-gpu's its own
+        owner = name if name in FAISS.values() else "torch"
+        detail = f"does not find the CUDA library {library[0]}"
+        return Finding(
+            "problem", name, detail, f"{_PIP} --force-reinstall {owner}=={pin if owner == name else PINS[owner]}"
+        )
+    if "undefined symbol" in error:
+        return Finding("problem", name, f"was built for another torch ({error})", reinstall)
+    return Finding("problem", name, f"does not import: {error}", reinstall)
 
 
 def _to_cpu(name: str, pin: str) -> str:
@@ -250,13 +262,13 @@ def _probe(modules: list[str]) -> tuple[dict[str, str], str]:
     torch_cuda = ""
     while modules:
         run = subprocess.run(
-            [sys.executable, "-c", _PROBE_SCRIPT, json.dumps({name: PROBES[name] for name in modules})],
+            [sys.executable, "-P", "-c", _PROBE_SCRIPT, json.dumps({name: PROBES[name] for name in modules}), _MARK],
             capture_output=True,
             text=True,
             check=False,
             env={**os.environ, "PYTHONWARNINGS": "ignore"},
         )
-        answers = [json.loads(line[1:]) for line in run.stdout.splitlines() if line.startswith("\x1e")]
+        answers = [json.loads(line.removeprefix(_MARK)) for line in run.stdout.splitlines() if line.startswith(_MARK)]
         for answer in answers:
             if answer["error"]:
                 errors[answer["module"]] = answer["error"]
@@ -267,6 +279,7 @@ def _probe(modules: list[str]) -> tuple[dict[str, str], str]:
     return errors, torch_cuda
 
 
+_MARK = "lexshard-probe:"  # other lines are the libraries' own
 _PROBE_SCRIPT = """
 import importlib, json, sys
 for name, more in json.loads(sys.argv[1]).items():
@@ -278,7 +291,7 @@ for name, more in json.loads(sys.argv[1]).items():
             answer["cuda"] = module.version.cuda
     except Exception as error:
         answer["error"] = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    print("\\x1e" + json.dumps(answer), flush=True)
+    print(sys.argv[2] + json.dumps(answer), flush=True)
 """
 
 

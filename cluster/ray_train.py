@@ -34,6 +34,7 @@ _RAY_SETTINGS = {  # read by Ray when it is started, or a trainer is; the user's
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in our folder: relative paths mean the same everywhere
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",  # a hung group is given up, not waited for
 }
 _LOCAL_RAY_SETTINGS = {  # a Ray of our own serves one run on one machine
     "RAY_TRAIN_METRICS_ENABLED": "0",

@@ -22,7 +22,7 @@ class Ragged:
     with offsets[0] == 0 and offsets[n] == len(values). All methods are vectorised and keep the kind of `values`.
     """
 
-    values: pa.Array | npt.NDArray[Any]
+    values: Any  # pa.Array | npt.NDArray[Any]
     offsets: Offsets
 
     def __post_init__(self) -> None:

@@ -34,7 +34,9 @@ def _quiet_import() -> Iterator[None]:
         logging.disable(level)
 
 
-logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # TorchRec calls a function torch renamed
+# TorchRec calls what torch has renamed or replaced since; its users can do nothing about either.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
 with _quiet_import():
     from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor

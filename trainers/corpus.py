@@ -2,14 +2,14 @@
 
 A session is the sequence of calls in one function or method, in source order; an item is a call's dotted name:
 
-    from os import path as p            session "shop.stock:Stock.load":
-    class Stock:                            os.path.join
-        def load(self, name):               self.check
-            file = p.join(ROOT, name)       open
-            self.check(open(file).read())   open().read
+    from os import path as p                    session "shop.stock:Stock.load":
+    class Stock:                                    os.path.join
+        def load(self, name):                       self.check
+            file = p.join(ROOT, name)               open
+            self.check(open(file).read())           open().read
 
 Names are as written, except that what the module imports or defines at top level is written in full (`p.join` is
-`os.path.join`, and `Stock` is `shop.stock.Stock` here as in the modules that import it). `()` stands for a call and
+`os.path.join`, and `Stock` is `shop.stock.Stock`, here as in the modules that import it). `()` stands for a call and
 `[]` for a subscript inside a name, `str` for a string literal. A bare `super()`, which only ever precedes the call of a
 method on it, and a call that repeats the one before it are left out, and so are functions with fewer than two calls
 then.
@@ -122,8 +122,8 @@ def write_corpus(
 def next_calls(items: Sequence[str], max_cases: int) -> list[tuple[Sequence[str], str]]:
     """(prefix, next call) cases of one function, at most `max_cases`, shortest prefix first.
 
-    A call is asked for only where the prefix has not made it yet: recommendations leave out what was seen. Of those
-    places the last one and others at even distances are taken.
+    A call is asked for only where the prefix has not made it yet: recommendations leave out what was seen. If there are
+    more such places than `max_cases`, the last one and others at even distances before it are taken.
     """
     places = [i for i in range(1, len(items)) if items[i] not in items[:i]]
     num_cases = min(max_cases, len(places))

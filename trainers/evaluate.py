@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cluster.config import Config, config_from_dict, config_to_dict, load_config
-from cluster.errors import CheckpointError, DataError, SettingError
+from cluster.errors import ArtifactError, CheckpointError, DataError, SettingError
 from cluster.launch import launch
 from cluster.rank import Rank, current_rank
 from embedding_service.artifact import Artifact
@@ -65,8 +65,10 @@ def evaluate(
     elif folder.exists():
         artifact = Artifact.open(folder)
         lineage = artifact.manifest["lineage"]
-        config = load_config(None, ()) if "config" not in lineage else config_from_dict(lineage["config"])
-        keys = {name: artifact.keys(name) for name in artifact.manifest["keys"]}
+        if "config" not in lineage:
+            raise ArtifactError(f"{path}: its manifest does not say which columns its data had (lineage.config)")
+        config = config_from_dict(lineage["config"])
+        keys = {name: artifact.keys(name) for name in artifact.manifest["key_maps"]}
     else:
         raise CheckpointError(f"{path}: there is no such run or artifact")
     is_run = (folder / "config.toml").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,6 +21,10 @@ from trainers.prepare import Prepared, load_prepared
 
 _CHUNK_ROWS = 65_536
 _TUNING_QUERIES = 1000
+_INDEXES: tuple[tuple[str, str, Literal["ip", "cosine"]], ...] = (  # name, vector set (empty: the model's), metric
+    ("recommend", "item", "ip"),
+    ("similar", "", "cosine"),
+)
 
 
 def export_run(
@@ -49,29 +53,27 @@ def _export(settings: dict[str, Any]) -> str:
     place = current_rank(config.cluster.device)
     prepared = load_prepared(config.run)
     model, checkpoint = load_trained(config, prepared, place, which=settings["which"])
-    writer = ArtifactWriter(settings["out"])
-    for name, vocabulary in prepared.keys.items():
-        if not name.startswith("item_"):
-            writer.add_keys(name.removeprefix("query_"), vocabulary)
-    for name, keys in model.vector_sets().items():
-        _write_vectors(writer, model, name, keys.removeprefix("query_"), config)
-    writer.set_query_tower(model.query_tower.spec, model.query_tower.state_dict())
-    queries = _tuning_queries(config, prepared, model)
-    target = {"recall_target": config.export.recall_target, "recall_k": config.export.recall_k}
-    figures = {}
-    for index, vectors, metric in (("recommend", "item", "ip"), ("similar", model.similar_set, "cosine")):
-        report({"kind": "note", "text": f"building the index `{index}`"})
-        figures[index] = writer.add_index(
-            index,
-            vectors=vectors,
-            metric=metric,
-            factory=config.export.index,
-            queries=queries if index == "recommend" else None,
-            seed=config.train.seed,
-            **target,
-        )
     lineage = {"run": Path(config.run).name, "checkpoint": checkpoint, "config": config_to_dict(config)}
-    return str(writer.publish(lineage=lineage, figures=_figures(config)))
+    with ArtifactWriter(settings["out"], name=Path(config.run).name) as writer:
+        for name, vocabulary in prepared.keys.items():
+            if not name.startswith("item_"):  # item features are inside the item vectors already
+                writer.add_keys(name, vocabulary)
+        for name, keys in model.vector_sets().items():
+            _write_vectors(writer, model, name, keys, config)
+        writer.set_query_tower(model.query_tower.spec, model.query_tower.state_dict())
+        for index, vectors, metric in _INDEXES:
+            report({"kind": "note", "text": f"building the index `{index}`"})
+            writer.add_index(
+                index,
+                vectors=vectors or model.similar_set,
+                metric=metric,
+                factory=config.export.index,
+                recall_target=config.export.recall_target,
+                recall_k=config.export.recall_k,
+                queries=_tuning_queries(config, prepared, model) if index == "recommend" else None,
+                seed=config.train.seed,
+            )
+        return str(writer.publish(lineage=lineage, figures=_figures(config)))
 
 
 def _write_vectors(writer: ArtifactWriter, model: Model, name: str, keys: str, config: Config) -> None:

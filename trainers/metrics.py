@@ -33,13 +33,13 @@ def recall(ranked: Rows, truth: Ragged, k: int) -> Values:
 def precision(ranked: Rows, truth: Ragged, k: int) -> Values:
     """precision@k = sum_{i <= k} rel_i / k, also where fewer than k rows were recommended; float64 [n]."""
     hits, num_relevant = judge(ranked, truth, k)
-    return _defined(hits.sum(axis=1) / np.float64(k), num_relevant)
+    return _defined(hits.sum(axis=1) / k, num_relevant)
 
 
 def hit_rate(ranked: Rows, truth: Ragged, k: int) -> Values:
     """hit_rate@k = 1 if any rel_i with i <= k is 1, else 0; float64 [n]."""
     hits, num_relevant = judge(ranked, truth, k)
-    return _defined(hits.any(axis=1).astype(np.float64), num_relevant)
+    return _defined(np.asarray(hits.any(axis=1), dtype=np.float64), num_relevant)
 
 
 def mrr(ranked: Rows, truth: Ragged, k: int) -> Values:

@@ -111,6 +111,7 @@ def read_chunks(
         for chunk in chunks:
             with _reading(file.name, chunk):
                 _, table = next(batches)
+                table.validate(full=True)  # few files carry checksums, and wrong offsets would be read out of bounds
             if table.num_rows != file.chunk_rows[chunk]:
                 raise DataError("has changed since it was opened; start again", file=file.name, row_group=chunk)
             arrays = {name: table.column(name) for name in columns}
@@ -157,6 +158,7 @@ def _open_file(name: str, relative: str, info: fs.FileInfo, filesystem: fs.FileS
             raise DataError(
                 f"is neither Parquet nor Arrow IPC ({found}); convert it or take it away ({_IGNORED})", file=name
             )
+        assert len(schema.names) == len(schema)  # reads the names, which damage may have made undecodable
     return SessionFile(name, relative, info.path, size, schema.remove_metadata(), rows, filesystem, messages)
 
 
@@ -176,7 +178,7 @@ def _reading(name: str, chunk: int | None = None) -> Iterator[None]:
         raise DataError("may not be read: permission denied", file=name) from None
     except ipc_messages.DamagedStream as error:
         raise DataError(f"{error}; write or copy it again", file=name, row_group=error.batch) from None
-    except (pa.ArrowException, OSError, EOFError, StopIteration) as error:
+    except (pa.ArrowException, OSError, EOFError, StopIteration, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"is damaged: {reason}; write or copy it again", file=name, row_group=chunk) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,9 @@ def die(settings: dict[str, Any]) -> int:
 
 def crash(settings: dict[str, Any]) -> None:
     raise RuntimeError("a bug\nwith details")
+
+
+def wait_for_ever(settings: dict[str, Any]) -> None:
+    """Says that it has begun, and never ends."""
+    report({"text": "begun"})
+    threading.Event().wait()

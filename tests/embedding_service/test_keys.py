@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ArtifactError, DataError, SettingError
+from embedding_service.hashing import key_array, stable_hash
 from embedding_service.keys import Vocabulary
 
 fixed = settings(deadline=None, derandomize=True)  # the same cases in every run, on slow machines too
@@ -96,16 +97,33 @@ def test_one_long_key_grows_the_bytes_at_once() -> None:
 @pytest.mark.parametrize("kind", ["int64", "string"])
 def test_keys_of_one_slot_are_told_apart(kind: str) -> None:
     """Keys that collide in the table's first slots, and absent keys beside them: probing must pass over them."""
-    from embedding_service.hashing import stable_hash
-
     candidates = pa.array(np.arange(50_000)).cast(kind)
     same = candidates.filter(pa.array(stable_hash(candidates) % np.uint64(64) == 63))  # wraps round the table's end
-    built = Vocabulary.build([same.slice(0, 40)])
-    np.testing.assert_array_equal(
-        built.rows(same.slice(0, 40)), built.rows(built.keys_of(built.rows(same.slice(0, 40))))
-    )
-    assert sorted(built.rows(same.slice(0, 40))) == list(range(40))
-    assert (built.rows(same.slice(40)) == -1).all()
+    present, absent = same.slice(0, 40), same.slice(40)
+    built = Vocabulary.build([present])
+    assert sorted(built.rows(present)) == list(range(40))
+    assert built.keys_of(built.rows(present)).equals(key_array(present))
+    assert len(absent) > 100
+    assert (built.rows(absent) == -1).all()
+
+
+@pytest.mark.parametrize("kind", ["int64", "string"])
+def test_keys_are_compared_whole_not_by_hash(kind: str) -> None:
+    """Two keys of one length whose hashes agree in the 24 bits a slot keeps, and in the slot they want."""
+    candidates = pa.array(np.arange(100_000, 200_000)).cast(kind)
+    hashes = stable_hash(candidates)
+    seen = hashes >> np.uint64(40) << np.uint64(1) | hashes & np.uint64(1)
+    order = np.argsort(seen)
+    twins = np.flatnonzero(np.diff(seen[order]) == 0)
+    assert len(twins) > 10
+    for place in twins[:10]:
+        pair = candidates.take(pa.array(order[place : place + 2]))
+        one = Vocabulary.build([pair.slice(0, 1)])
+        assert one.rows(pair).tolist() == [0, -1]
+        assert one.row(pair[1].as_py()) == -1
+        both = Vocabulary.build([pair, pair])
+        assert both.counts.tolist() == [2, 2]
+        assert sorted(both.rows(pair).tolist()) == [0, 1]
 
 
 def test_unknown_keys() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def read(path: Path, columns: Columns = Columns(), bad_rows: str = "error") -> S
     return SessionBatch.concat(list(reader.stream()))
 
 
-def dictionary_lists(lists: list[list[object]], words: pa.DataType) -> pa.Array:
+def dictionary_lists(lists: Sequence[Sequence[object]], words: pa.DataType) -> pa.Array:
     flat = pa.array([word for one in lists for word in one], words).dictionary_encode()
     return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *map(len, lists)]), pa.int32()), flat)
 

@@ -18,7 +18,7 @@ COLUMNS = Columns(user="user")
 
 @pytest.fixture(params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """103 numbered sessions in three files: chunks of 10 and fewer, one of 20 (larger than a window of 16), one empty."""
+    """103 numbered sessions in three files and an empty one, in chunks smaller and larger than a window of 16."""
     kind: str = request.param
     write_table(tmp_path / "data" / "a", numbered_sessions(35), kind)
     write_table(tmp_path / "data" / "b" / "c", numbered_sessions(40, 35), kind, chunk=20)
@@ -58,6 +58,19 @@ def test_restarting_at_any_window_continues_as_if_nothing_had_happened(folder: P
             assert epoch_content(fresh, epoch, start) == whole[start:]
         scattered = [content(reader.read_window(epoch, window)) for window in (3, 0, 6, 3)]
         assert scattered == [whole[window][1] for window in (3, 0, 6, 3)]
+
+
+def test_a_window_does_not_depend_on_what_was_read_before(folder: Path) -> None:
+    def fresh() -> SessionReader:
+        return SessionReader(str(folder), COLUMNS, window_sessions=16)
+
+    windows = [(epoch, window) for epoch in range(2) for window in range(7)]
+    expected = {place: content(fresh().read_window(*place)) for place in windows}
+    reader = fresh()
+    for before in windows:
+        for after in windows:
+            assert content(reader.read_window(*before)) == expected[before]
+            assert content(reader.read_window(*after)) == expected[after]
 
 
 def test_windows_are_nearly_equal_and_no_larger_than_asked(folder: Path) -> None:
@@ -151,7 +164,7 @@ def test_memory_is_that_of_windows_and_not_of_the_data_set(tmp_path: Path) -> No
 
 def test_skipped_rows_are_left_out_and_counted_once(tmp_path: Path) -> None:
     lists = [[1], None, [2, None], [], [3, 4]] * 20
-    write_table(tmp_path / "part", {"items": pa.array(lists), "user": list(range(99)) + [None]}, chunk=30)
+    write_table(tmp_path / "part", {"items": pa.array(lists), "user": [*range(99), None]}, chunk=30)
     reader = SessionReader(str(tmp_path), COLUMNS, bad_rows="skip", window_sessions=25)
     for epoch in range(2):
         sessions = sorted(one for _, window in epoch_content(reader, epoch) for one in window)
@@ -266,7 +279,7 @@ def test_the_error_of_a_read_ahead_is_the_original_one() -> None:
         yield 1
         raise error
 
-    received = []
+    received: list[int] = []
     with pytest.raises(DataError) as caught:
         received.extend(read_ahead(items()))
     assert caught.value is error

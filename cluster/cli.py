@@ -1,0 +1,301 @@
+"""lexshard: the front door. The only file that may look at every layer; each command imports what it needs itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.arguments import build_parser
+from cluster.errors import ArtifactError, LexshardError, SettingError
+
+Arguments = argparse.Namespace
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 1 (the answer is no), 2 (an error of the user's), 130 (Ctrl-C)."""
+    chosen = build_parser().parse_args(arguments)
+    try:
+        return _COMMANDS[chosen.command](chosen)
+    except LexshardError as error:
+        if os.environ.get("LEXSHARD_DEBUG") == "1":
+            raise
+        sys.stderr.write(f"lexshard: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("lexshard: interrupted\n")
+        return 130
+    except BrokenPipeError:  # `lexshard ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _doctor(args: Arguments) -> int:
+    from cluster.console import table
+    from cluster.doctor import diagnose, gather, is_healthy, to_json
+
+    findings = diagnose(gather())
+    healthy = is_healthy(findings)
+    if args.json:
+        print(to_json(findings))
+        return 0 if healthy else 1
+    print(table(("", "what", "finding"), [(f.level, f.subject, f.detail) for f in findings]))
+    fixes = [finding for finding in findings if finding.fix]
+    if fixes:
+        print("\nwhat mends it, in this order:")
+        for finding in fixes:
+            print(f"  {finding.subject}: {finding.fix}")
+    print("\neverything fits together" if healthy else "\nthis installation is broken")
+    return 0 if healthy else 1
+
+
+def _config(args: Arguments) -> int:
+    from cluster.config import load_config, to_toml
+
+    print(to_toml(load_config(args.config, args.set)), end="")
+    return 0
+
+
+def _sessions(args: Arguments) -> int:
+    from trainers.event_log import sessionize
+
+    summary = sessionize(
+        args.source,
+        args.output,
+        item=args.item,
+        time=args.time,
+        session=args.session,
+        user=args.user,
+        gap_seconds=args.gap_seconds,
+        min_length=args.min_length,
+        bad_events=args.bad_events,
+        memory_limit=args.memory_limit,
+    )
+    print(f"{summary.events:,} events -> {summary.sessions:,} sessions in {args.output}")
+    print(f"mean length {summary.mean_length:.1f}, longest {summary.max_length:,}")
+    if summary.dropped_events:
+        print(f"left out: {summary.dropped_events:,} events without an item, an id or a time")
+    if summary.dropped_sessions:
+        print(f"left out: {summary.dropped_sessions:,} sessions of fewer than {summary.min_length} events")
+    return 0
+
+
+def _train(args: Arguments) -> int:
+    from cluster.config import load_config
+    from cluster.console import duration, watching
+    from trainers.loop import train
+
+    overrides = list(args.set)
+    if args.workers is not None:
+        overrides.append(f"cluster.workers={args.workers}")
+    config = load_config(args.config, overrides)
+    with watching(every_seconds=config.train.report_seconds) as listener:
+        result = train(config, fresh=args.fresh, on_event=listener)
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    print(f"trained {result['epochs']} epochs in {duration(result['seconds'])}: {result['run']}")
+    for metric, value in result["best"].items():
+        print(f"best {metric} {value:.4f}, after epoch {result['best_epoch']}")
+    print(f"next: lexshard export {result['run']}")
+    return 0
+
+
+def _export(args: Arguments) -> int:
+    if args.to:
+        return _interchange(args)
+    from cluster.console import watching
+    from trainers.export import export_run
+
+    overrides = list(args.set)
+    overrides += [f"export.precision={args.precision}"] if args.precision else []
+    overrides += [f"export.index={args.index}"] if args.index else []
+    with watching(every_seconds=0.0) as listener:
+        path = export_run(_run_folder(args.run), out=args.out, which=args.which, overrides=overrides, on_event=listener)
+    print(path)
+    print(f"next: lexshard serve {args.out or args.run}", file=sys.stderr)
+    return 0
+
+
+def _interchange(args: Arguments) -> int:
+    if not args.out:
+        raise SettingError("--out", f"is needed with --to {args.to}: the file to write")
+    from embedding_service.artifact import Artifact
+
+    from embedding_service import interchange
+
+    artifact = Artifact.open(_artifact_folder(args.run))
+    write = {
+        "word2vec": interchange.write_word2vec_text,
+        "word2vec-binary": interchange.write_word2vec_binary,
+        "parquet": interchange.write_parquet,
+    }[args.to]
+    write(artifact, args.vectors, args.out)
+    print(args.out)
+    return 0
+
+
+def _evaluate(args: Arguments) -> int:
+    from cluster.console import table
+    from trainers.evaluate import evaluate
+
+    report = evaluate(args.path, cases=args.cases, ks=args.k, which=args.which, overrides=args.set)
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    names = [name for name in report["results"][0] if name not in ("what", "search")]
+    rows = [[r["what"], r["search"], *[f"{r[name]:.4f}" for name in names]] for r in report["results"]]
+    print(f"{report['num_cases']:,} cases of {report['cases']}")
+    print(table(("", "search", *names), rows))
+    return 0
+
+
+def _serve(args: Arguments) -> int:
+    from cluster.config import load_config
+    from embedding_service.app import serve_artifact
+    from embedding_service.http_schema import Limits
+
+    overrides = [f"serve.{name}={value}" for name in ("host", "port", "replicas") if (value := getattr(args, name))]
+    folder = _artifact_folder(args.path)
+    run_config = Path(args.path) / "config.toml"
+    settings = load_config(run_config if run_config.exists() else None, [*args.set, *overrides]).serve
+    limits = Limits(max_k=settings.max_k, max_batch=settings.max_batch, max_body_bytes=settings.max_body_bytes)
+    service = serve_artifact(folder, host=settings.host, port=settings.port, replicas=settings.replicas, limits=limits)
+    with service:
+        print(f"serving {args.path} at {service.address} (documentation: {service.address}/docs); Ctrl-C stops")
+        service.wait()
+    return 0
+
+
+def _query(args: Arguments) -> int:
+    remote = args.where.startswith(("http://", "https://"))
+    answer = _ask_service(args) if remote else _ask_artifact(args)
+    if args.json:
+        print(json.dumps(answer))
+        return 0
+    if answer.get("cold_start"):
+        print("nothing here is known: the most frequent items", file=sys.stderr)
+    for rank, item in enumerate(answer["items"], start=1):
+        print(f"{rank:4}  {item['score']:9.4f}  {item['key']}")
+    return 0
+
+
+def _ask_service(args: Arguments) -> dict[str, Any]:
+    from urllib.error import HTTPError, URLError
+    from urllib.parse import urlencode
+    from urllib.request import urlopen
+
+    question = {"similar": [("key", key) for key in args.keys], "recommend": [("items", key) for key in args.keys]}
+    user = [("user", args.user)] if args.user else []
+    url = f"{args.where.rstrip('/')}/v1/{args.kind}?{urlencode([*question[args.kind], ('k', str(args.k)), *user])}"
+    try:
+        with urlopen(url, timeout=60) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
+    except HTTPError as error:
+        raise LexshardError(f"{args.where} answered {error.code}: {error.read().decode(errors='replace')}") from None
+    except (URLError, TimeoutError, ValueError) as error:
+        raise LexshardError(f"{args.where} does not answer as a lexshard service: {error}") from None
+
+
+def _ask_artifact(args: Arguments) -> dict[str, Any]:
+    from embedding_service.artifact import Artifact
+    from embedding_service.retrieval import Retriever
+
+    artifact = Artifact.open(_artifact_folder(args.where))
+    retriever = Retriever(artifact)
+    keys = [_typed(key, artifact.keys("item").key_type) for key in args.keys]
+    if args.kind == "similar":
+        results = retriever.similar(keys, args.k)
+    else:
+        users = [_typed(args.user, artifact.keys("user").key_type)] if args.user else None
+        results = retriever.recommend([keys], args.k, users=users)
+    scores = results.scores[0].tolist()
+    items = [{"key": key, "score": score} for key, score in zip(results.keys[0], scores, strict=False)]
+    return {"version": artifact.version, "items": items, "cold_start": results.cold_start[0]}
+
+
+def _typed(key: str, key_type: str) -> int | str:
+    """A key as the command line gives it, as the vocabulary has it."""
+    if key_type != "int64":
+        return key
+    try:
+        return int(key)
+    except ValueError:
+        raise LexshardError(f"key {key!r}: the keys of this artifact are whole numbers") from None
+
+
+def _submit(args: Arguments) -> int:
+    from cluster.submit import submit
+
+    command = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
+    if not command:
+        raise LexshardError("nothing to submit: lexshard submit --address http://HOST:8265 -- train CONFIG")
+    build_parser().parse_args(command)  # a typing error shows here, not on the cluster
+    status = submit(
+        command,
+        address=args.address,
+        working_dir=args.working_dir,
+        python=args.python,
+        on_log=lambda text: print(text, end="", flush=True),
+    )
+    print(f"job {status}")
+    return 0 if status == "SUCCEEDED" else 1
+
+
+def _demo(args: Arguments) -> int:
+    from trainers.demo import run_demo
+
+    run_demo(folder=args.folder, site_packages=args.site_packages, port=args.port)
+    return 0
+
+
+# ---------------------------------------------------------------- folders
+
+
+def _run_folder(path: str) -> str:
+    """`path` if it is a run. Raises ArtifactError."""
+    if not Path(path).is_dir():
+        raise ArtifactError(f"{path}: there is no such folder")
+    if not (Path(path) / "config.toml").exists():
+        raise ArtifactError(f"{path}: is not a run (it has no config.toml); `lexshard train` makes one")
+    return path
+
+
+def _artifact_folder(path: str) -> str:
+    """The artifact that `path` means: itself, or what the run there has published. Raises ArtifactError."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ArtifactError(f"{path}: there is no such folder")
+    if (folder / "manifest.json").exists() or (folder / "CURRENT").exists():
+        return path
+    if (folder / "artifacts" / "CURRENT").exists():
+        return str(folder / "artifacts")
+    if (folder / "config.toml").exists():
+        raise ArtifactError(f"{path}: nothing was published from this run yet; run `lexshard export {path}`")
+    raise ArtifactError(f"{path}: is neither a run nor an artifact (no config.toml, CURRENT or manifest.json)")
+
+
+_COMMANDS: dict[str, Callable[[Arguments], int]] = {
+    "doctor": _doctor,
+    "config": _config,
+    "sessions": _sessions,
+    "train": _train,
+    "export": _export,
+    "evaluate": _evaluate,
+    "submit": _submit,
+    "serve": _serve,
+    "query": _query,
+    "demo": _demo,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Hand a lexshard command to a Ray cluster as a job, follow its log, and tell how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from cluster.errors import LaunchError
+
+Status = Literal["SUCCEEDED", "FAILED", "STOPPED"]
+
+# Ray leaves out what .gitignore names; these never belong in a job, whatever the folder's .gitignore says.
+_EXCLUDED = (".git", ".venv", "runs", "data")
+
+
+def submit(
+    arguments: Sequence[str],
+    *,
+    address: str,
+    working_dir: str = ".",
+    python: str = "python",
+    on_log: Callable[[str], None],
+) -> Status:
+    """Run `lexshard <arguments>` as a job of the cluster whose job server is at `address` (http://host:8265).
+
+    working_dir: the folder that is packed up and becomes the job's; `runs`, `data`, `.venv` and `.git` stay here, so
+        the config names data and run by paths or URLs that the cluster reaches.
+    python: the interpreter to run on the cluster; it has lexshard's dependencies.
+    on_log: gets the job's output, piece by piece, as it is written.
+
+    Raises LaunchError when the job cannot be submitted or followed.
+    """
+    folder = Path(working_dir)
+    if not folder.is_dir():
+        raise LaunchError(f"--working-dir {working_dir}: there is no such folder")
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(
+            entrypoint=shlex.join([python, "-m", "cluster.cli", *arguments]),
+            runtime_env={"working_dir": str(folder.resolve()), "excludes": list(_EXCLUDED)},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise LaunchError(f"no job could be submitted to {address}: {error}") from None
+    on_log(f"job {job} submitted\n")
+
+    async def follow() -> None:
+        async for text in client.tail_job_logs(job):
+            on_log(text)
+
+    try:
+        asyncio.run(follow())
+        info = client.get_job_info(job)
+    except (ConnectionError, RuntimeError) as error:
+        raise LaunchError(f"job {job} goes on, but its log was lost ({error}); see `ray job status {job}`") from None
+    if not JobStatus(info.status).is_terminal():
+        raise LaunchError(f"job {job} goes on, but its log ended; see `ray job status {job}`")
+    if info.status == JobStatus.FAILED and info.message:
+        on_log(f"{info.message}\n")
+    return str(info.status.value)  # type: ignore[return-value]

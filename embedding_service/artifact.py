@@ -1,0 +1,403 @@
+"""An artifact: one immutable, versioned folder with all that serving needs, and nothing that executes.
+
+    <root>/CURRENT                     {"version": "..."}: the version that is served; flipped atomically
+    <root>/<version>/manifest.json     the contents, lineage, figures, and size and sha256 of every file
+                     keys/<name>.arrow             key map
+                     vectors/<name>.npy            fp32, fp16 or int8 [rows, dim]; int8 also <name>.scale.npy [rows]
+                     indexes/<name>.faiss          FAISS index, and its settings in <name>.faiss.json
+                     query_tower.safetensors       weights of the query tower (its description is in the manifest)
+
+A version appears by one rename, complete, or not at all. What a killed writer leaves is a folder `.tmp-*` that the
+next writer on the same root removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cluster.errors import ArtifactError
+from cluster.storage import checksum, publish_folder, remove_folder, sync_folder, write_atomic, write_json
+from embedding_service import manifest as schema
+from embedding_service.exact import Float32, Metric
+from embedding_service.index import VectorIndex, tuned_index
+from embedding_service.keys import Vocabulary
+from embedding_service.manifest import Manifest, parse_manifest, tower_spec
+from embedding_service.quantize import Precision
+from embedding_service.towers import Tower, TowerSpec
+from embedding_service.vectors import VectorSet, VectorSink
+
+MANIFEST = "manifest.json"
+CURRENT = "CURRENT"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,127}")
+
+
+class Artifact:
+    """A published version, open for reading. Parts are opened when first asked for, and checked then."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.version = manifest.version
+        self.manifest: dict[str, Any] = manifest.model_dump()
+        self._manifest = manifest
+        self._keys: dict[str, Vocabulary] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> Artifact:
+        """Open a version folder, or the current version of a root folder.
+
+        Checked here: the manifest's format, types, ranges and paths, that every file is there with its listed size and
+        is no link, that array headers agree with the manifest, and, with `verify`, every checksum (reads all bytes).
+        Raises ArtifactError naming the file and the reason.
+        """
+        folder = _version_folder(Path(path))
+        where = str(folder / MANIFEST)
+        file = folder / MANIFEST
+        if file.is_symlink() or not file.is_file():
+            raise ArtifactError(f"{where}: is missing: {folder} is not an artifact version")
+        if file.stat().st_size > schema.MAX_MANIFEST_BYTES:
+            raise ArtifactError(f"{where}: is larger than {schema.MAX_MANIFEST_BYTES} bytes")
+        manifest = parse_manifest(file.read_bytes(), where)
+        for name, entry in manifest.files.items():
+            _check_file(folder, name, entry.bytes, entry.sha256 if verify else None)
+        artifact = cls(folder, manifest)
+        for name in manifest.vectors:
+            artifact.vectors(name)
+        return artifact
+
+    def keys(self, name: str) -> Vocabulary:
+        """The key map `name`. Raises ArtifactError if there is none or it does not fit the manifest."""
+        if name not in self._keys:
+            entry = self._entry("key map", self._manifest.key_maps, name)
+            vocabulary = Vocabulary.load(self.path / entry.file)
+            found = (len(vocabulary.keys), vocabulary.key_type, vocabulary.unknown)
+            if found != (entry.keys, entry.key_type, entry.unknown):
+                raise ArtifactError(f"{self.path / entry.file}: holds {found}, not what the manifest says of it")
+            self._keys[name] = vocabulary
+        return self._keys[name]
+
+    def vectors(self, name: str) -> VectorSet:
+        """The vector set `name`, memory-mapped. Raises ArtifactError if there is none."""
+        entry = self._entry("vector set", self._manifest.vectors, name)
+        scale = None if entry.scale_file is None else self.path / entry.scale_file
+        return VectorSet.open(
+            self.path / entry.file, scale, rows=entry.rows, dim=entry.dim, precision=entry.precision
+        )
+
+    def query_tower(self) -> Tower:
+        """The query tower in evaluation mode. Raises ArtifactError if there is none or its weights do not fit it."""
+        if self._manifest.query_tower is None:
+            raise ArtifactError(f"{self.path}: has no query tower: it answers no sessions, only keys and vectors")
+        file = self.path / self._manifest.query_tower.file
+        spec = tower_spec(self._manifest, str(self.path / MANIFEST))
+        try:
+            with torch.device("meta"):  # a hostile description must not allocate anything
+                tower = Tower(spec)
+            tower.load_state_dict(load_file(file), strict=True, assign=True)
+        except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+            raise ArtifactError(f"{file}: does not fit the query tower's description ({error})") from None
+        return tower.eval()
+
+    def index(self, name: str, *, threads: int | None = None) -> VectorIndex:
+        """The index `name`; `threads` as in `VectorIndex.load`. Raises ArtifactError if there is none or it misfits."""
+        entry = self._entry("index", self._manifest.indexes, name)
+        index = VectorIndex.load(self.path / entry.file, threads=threads)
+        found = (index.rows, index.dim, index.metric, index.arrangement, index.parameters)
+        if found != (entry.rows, entry.dim, entry.metric, entry.arrangement, entry.parameters):
+            raise ArtifactError(f"{self.path / entry.file}: holds {found}, not what the manifest says of it")
+        return index
+
+    def _entry(self, kind: str, entries: Mapping[str, Any], name: str) -> Any:
+        if name not in entries:
+            known = ", ".join(sorted(entries)) or "none"
+            raise ArtifactError(f"{self.path}: has no {kind} {name!r}; it has: {known}")
+        return entries[name]
+
+
+class ArtifactWriter:
+    """Collects a new version in a temporary folder below `root` and publishes it whole.
+
+    A context manager: leaving it without `publish` removes the temporary folder. `version` defaults to the UTC time of
+    publishing, with a suffix if that is taken.
+    """
+
+    def __init__(
+        self, root: str | Path, version: str | None = None, *, name: str | None = None, threads: int | None = None
+    ) -> None:
+        if "://" in str(root):
+            raise ArtifactError(f"{root}: artifacts are written to a local or mounted folder; copy the version from there")
+        if version is not None:
+            _check_name("version", version)
+        self.root = Path(root)
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._version = version
+        self._name = name if name is not None else self.root.resolve().name
+        self._threads = threads
+        self._key_maps: dict[str, Any] = {}
+        self._vocabularies: dict[str, Vocabulary] = {}
+        self._sinks: dict[str, VectorSink] = {}
+        self._vectors: dict[str, Any] = {}
+        self._indexes: dict[str, Any] = {}
+        self._tower: dict[str, Any] | None = None
+        with _locked(self.root):
+            _remove_abandoned(self.root)
+            self.folder = self.root / f".tmp-{uuid.uuid4().hex}"
+            self.folder.mkdir()
+            self._lease: int | None = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self._lease, fcntl.LOCK_EX)  # held while this process lives: see _remove_abandoned
+        for part in ("keys", "vectors", "indexes"):
+            (self.folder / part).mkdir()
+
+    def add_keys(self, name: str, vocabulary: Vocabulary) -> None:
+        """Write the key map `name`."""
+        self._check_new("key map", self._key_maps, name)
+        file = f"keys/{name}.arrow"
+        vocabulary.save(self.folder / file)
+        self._vocabularies[name] = vocabulary
+        self._key_maps[name] = {
+            "file": file,
+            "keys": len(vocabulary.keys),
+            "key_type": vocabulary.key_type,
+            "unknown": vocabulary.unknown,
+        }
+
+    def add_vectors(
+        self, name: str, *, rows: int, dim: int, keys: str, precision: Precision, normalized: bool = False
+    ) -> VectorSink:
+        """The sink for the vector set `name`; every row is written to it exactly once, in any order.
+
+        `rows` is the number of keys of the key map `keys`, or one more for the unknown row. `normalized` promises unit
+        (or zero) length, which the sink checks.
+        """
+        self._check_new("vector set", self._vectors, name)
+        if keys not in self._vocabularies:
+            raise ArtifactError(f"vector set {name!r}: add key map {keys!r} first")
+        num_keys = len(self._vocabularies[keys].keys)
+        if rows not in (num_keys, num_keys + 1):
+            raise ArtifactError(f"vector set {name!r}: {rows} rows do not fit the {num_keys} keys of {keys!r}")
+        file = f"vectors/{name}.npy"
+        scale_file = f"vectors/{name}.scale.npy" if precision == "int8" else None
+        scale = None if scale_file is None else self.folder / scale_file
+        sink = VectorSink(
+            self.folder / file, scale, rows=rows, dim=dim, precision=precision, normalized=normalized
+        )
+        self._sinks[name] = sink
+        self._vectors[name] = {
+            "file": file, "scale_file": scale_file, "rows": rows, "dim": dim, "precision": precision,
+            "normalized": normalized, "keys": keys,
+        }  # fmt: skip
+        return sink
+
+    def set_query_tower(self, spec: TowerSpec, state: Mapping[str, Tensor]) -> None:
+        """Write the query tower: its description and its weights (a `Tower(spec).state_dict()`)."""
+        file = "query_tower.safetensors"
+        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, self.folder / file)
+        self._tower = {"spec": json.loads(json.dumps(spec.to_dict())), "file": file}
+
+    def add_index(
+        self,
+        name: str,
+        *,
+        vectors: str,
+        metric: Metric,
+        factory: str = "auto",
+        recall_target: float,
+        recall_k: int,
+        queries: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Build, tune and write the index `name` over the vector set `vectors` as stored; returns its manifest record.
+
+        Only rows of keys are candidates, never the unknown row. See `embedding_service.index.tuned_index`.
+        """
+        self._check_new("index", self._indexes, name)
+        if vectors not in self._sinks:
+            raise ArtifactError(f"index {name!r}: add vector set {vectors!r} first")
+        self._sinks[vectors].close()
+        source = self._stored(vectors).head(len(self._vocabularies[self._vectors[vectors]["keys"]].keys))
+        index, measured = tuned_index(
+            source,
+            metric=metric,
+            factory=factory,
+            recall_target=recall_target,
+            recall_k=recall_k,
+            queries=queries,
+            seed=seed,
+            threads=self._threads,
+        )
+        file = f"indexes/{name}.faiss"
+        index.save(self.folder / file)
+        self._indexes[name] = {
+            "file": file,
+            "settings_file": f"{file}.json",
+            "vectors": vectors,
+            "metric": metric,
+            "factory": index.factory,
+            "arrangement": index.arrangement,
+            "parameters": dict(index.parameters),
+            "rows": index.rows,
+            "dim": index.dim,
+            "bytes": (self.folder / file).stat().st_size,
+            **measured,
+        }
+        return dict(self._indexes[name])
+
+    def publish(self, *, lineage: Mapping[str, Any], figures: Mapping[str, Any]) -> Path:
+        """Write the manifest, rename the folder to its version and make it the current one; returns its path.
+
+        Raises ArtifactError if a vector set is incomplete, the parts do not fit each other, or the version exists.
+        """
+        for sink in self._sinks.values():
+            sink.close()
+        written = sorted(file for file in self.folder.rglob("*") if file.is_file())
+        files = {
+            file.relative_to(self.folder).as_posix(): {
+                "bytes": file.stat().st_size,
+                "sha256": checksum(file).removeprefix("sha256:"),
+            }
+            for file in written
+        }
+        now = datetime.datetime.now(datetime.UTC)
+        with _locked(self.root):
+            version = self._free_version(now)
+            manifest = {
+                "format": schema.FORMAT,
+                "format_version": schema.FORMAT_VERSION,
+                "name": self._name,
+                "version": version,
+                "created": now.isoformat(timespec="seconds"),
+                "key_maps": self._key_maps,
+                "vectors": self._vectors,
+                "query_tower": self._tower,
+                "indexes": self._indexes,
+                "lineage": dict(lineage),
+                "figures": dict(figures),
+                "files": files,
+            }
+            write_json(self.folder / MANIFEST, manifest)
+            parse_manifest((self.folder / MANIFEST).read_bytes(), str(self.folder / MANIFEST))
+            publish_folder(self.folder, self.root / version)
+            self._release()
+            write_atomic(self.root / CURRENT, json.dumps({"version": version}).encode())
+        return self.root / version
+
+    def abort(self) -> None:
+        """Remove what has been written; nothing happens after `publish`."""
+        if self._lease is not None:
+            remove_folder(self.folder)
+            self._release()
+
+    def __enter__(self) -> ArtifactWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _stored(self, name: str) -> VectorSet:
+        entry = self._vectors[name]
+        scale = None if entry["scale_file"] is None else self.folder / entry["scale_file"]
+        return VectorSet.open(
+            self.folder / entry["file"], scale, rows=entry["rows"], dim=entry["dim"], precision=entry["precision"]
+        )
+
+    def _free_version(self, now: datetime.datetime) -> str:
+        if self._version is not None:
+            if (self.root / self._version).exists():
+                raise ArtifactError(f"{self.root / self._version}: this version exists; versions are never overwritten")
+            return self._version
+        stamp, version, number = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%dT%H%M%SZ"), 1
+        while (self.root / version).exists():
+            number += 1
+            version = f"{stamp}-{number:02d}"
+        return version
+
+    def _check_new(self, kind: str, entries: Mapping[str, Any], name: str) -> None:
+        _check_name(kind, name)
+        if name in entries:
+            raise ArtifactError(f"{kind} {name!r} was added before")
+
+    def _release(self) -> None:
+        if self._lease is not None:
+            os.close(self._lease)
+            self._lease = None
+
+
+def _version_folder(path: Path) -> Path:
+    """`path` itself if it is a version, else the version that its CURRENT names."""
+    pointer = path / CURRENT
+    if (path / MANIFEST).exists() or not pointer.exists():
+        if not path.is_dir():
+            raise ArtifactError(f"{path}: there is no such artifact folder")
+        return path
+    try:
+        version = json.loads(pointer.read_bytes())["version"]
+        if not isinstance(version, str) or not _NAME.fullmatch(version):
+            raise ValueError(f"{version!r} is not a version's name")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ArtifactError(f"{pointer}: does not name a version ({error})") from None
+    if (path / version).is_symlink() or not (path / version).is_dir():
+        raise ArtifactError(f"{pointer}: names version {version}, which is not there")
+    return path / version
+
+
+def _check_file(folder: Path, name: str, size: int, sha256: str | None) -> None:
+    file = folder / name
+    if os.path.realpath(file) != os.path.join(os.path.realpath(folder), *name.split("/")):
+        raise ArtifactError(f"{file}: is a link, or below one; an artifact's files are its own")
+    if not file.is_file():
+        raise ArtifactError(f"{file}: is missing, though the manifest lists it")
+    if file.stat().st_size != size:
+        raise ArtifactError(f"{file}: has {file.stat().st_size} bytes, the manifest says {size}")
+    if sha256 is not None and checksum(file).removeprefix("sha256:") != sha256:
+        raise ArtifactError(f"{file}: is damaged: its sha256 is not the manifest's; copy the version again")
+
+
+def _check_name(kind: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ArtifactError(f"{kind} name {name!r}: use letters, digits, `_`, `.`, `-` and spaces, at most 128")
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """One writer at a time changes what is directly below `root`."""
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove folders of writers that are gone: the kernel released their lock."""
+    for folder in [*root.glob(".tmp-*"), *root.glob(".*.removed")]:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        except BlockingIOError:
+            continue  # its writer is at work
+        finally:
+            os.close(handle)
+    sync_folder(root)
+
+
+__all__ = ["Artifact", "ArtifactWriter", "Float32", "VectorSet", "VectorSink"]

@@ -1,0 +1,127 @@
+"""Stored vectors: one .npy file of fp32, fp16 or int8 rows (and one of int8's scales), mapped into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy
+
+from cluster.errors import ArtifactError
+from embedding_service.exact import Float32
+from embedding_service.quantize import DTYPES, Precision, decode, encode
+
+SCALE_DTYPE = np.dtype("<f4")
+
+
+class VectorSet:
+    """Vectors of rows 0..rows - 1, decoded to float32 when they are taken."""
+
+    def __init__(self, codes: npt.NDArray[Any], scale: npt.NDArray[np.float32] | None, precision: Precision) -> None:
+        """codes: [rows, dim] of the precision's dtype; scale: float32 [rows] for int8, else None."""
+        self.rows, self.dim = codes.shape
+        self.precision: Precision = precision
+        self._codes = codes
+        self._scale = scale
+
+    @classmethod
+    def open(cls, file: Path, scale_file: Path | None, *, rows: int, dim: int, precision: Precision) -> VectorSet:
+        """Map the files into memory. Raises ArtifactError if they are not exactly what is asked for."""
+        codes = _map(file, DTYPES[precision], (rows, dim))
+        scale = None if scale_file is None else _map(scale_file, SCALE_DTYPE, (rows,))
+        return cls(codes, scale, precision)
+
+    def take(self, rows: npt.NDArray[np.integer]) -> Float32:
+        """float32 [*rows.shape, dim]. `rows` lie in 0..rows - 1."""
+        codes = self._codes[rows]
+        if self._scale is None:
+            return codes.astype(np.float32)
+        return codes.astype(np.float32) * self._scale[rows][..., None]
+
+    def chunks(self, size: int = 65_536) -> Iterator[tuple[int, Float32]]:
+        """(first row, float32 [at most size, dim]) pairs that cover all rows in order."""
+        for start in range(0, self.rows, size):
+            part = slice(start, start + size)
+            yield start, decode(self._codes[part], None if self._scale is None else self._scale[part])
+
+    def head(self, rows: int) -> VectorSet:
+        """The first `rows` rows."""
+        return VectorSet(self._codes[:rows], None if self._scale is None else self._scale[:rows], self.precision)
+
+
+class VectorSink:
+    """Writes a vector set, any rows at a time, each row exactly once."""
+
+    def __init__(
+        self, file: Path, scale_file: Path | None, *, rows: int, dim: int, precision: Precision, normalized: bool
+    ) -> None:
+        self.rows, self.dim, self.precision, self.normalized = rows, dim, precision, normalized
+        self._name = file.stem
+        self._codes: Any = npy.open_memmap(file, mode="w+", dtype=DTYPES[precision], shape=(rows, dim))
+        self._scale: Any = None
+        if scale_file is not None:
+            self._scale = npy.open_memmap(scale_file, mode="w+", dtype=SCALE_DTYPE, shape=(rows,))
+        self._spans: list[tuple[int, int]] = []
+
+    def write(self, start_row: int, vectors: Float32) -> None:
+        """Store float [n, dim] as rows start_row..start_row + n - 1.
+
+        Raises ValueError for a wrong shape, rows outside the set, nan or infinite values, values beyond the precision's
+        range, and, if the set is promised to be normalised, a length that is neither 1 nor 0.
+        """
+        stop = start_row + len(vectors)
+        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
+            raise ValueError(f"vector set {self._name}: wants [n, {self.dim}]; got {list(vectors.shape)}")
+        if start_row < 0 or stop > self.rows:
+            raise ValueError(f"vector set {self._name}: rows {start_row}..{stop - 1} are not all in 0..{self.rows - 1}")
+        try:
+            codes, scale = encode(vectors, self.precision)
+        except ValueError as error:
+            raise ValueError(f"vector set {self._name}, from row {start_row} on: {error}") from None
+        if self.normalized:
+            norms = np.linalg.norm(vectors, axis=1)
+            wrong = np.flatnonzero((np.abs(norms - 1) > 1e-3) & (norms != 0))
+            if len(wrong):
+                raise ValueError(
+                    f"vector set {self._name}: row {start_row + wrong[0]} has length {norms[wrong[0]]:g}, not 1"
+                )
+        self._codes[start_row:stop] = codes
+        if self._scale is not None:
+            self._scale[start_row:stop] = scale
+        self._spans.append((start_row, stop))
+
+    def close(self) -> None:
+        """Raises ArtifactError unless every row was written exactly once."""
+        end = 0
+        for start, stop in sorted(span for span in self._spans if span[0] < span[1]):
+            if start != end:
+                problem = "was never written" if start > end else "was written twice"
+                raise ArtifactError(f"vector set {self._name}: row {min(start, end)} {problem}")
+            end = stop
+        if end != self.rows:
+            raise ArtifactError(f"vector set {self._name}: row {end} was never written")
+        self._codes.flush()
+        if self._scale is not None:
+            self._scale.flush()
+
+
+def _map(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The array of an .npy file, memory-mapped, after its header and size are held against what is expected."""
+    try:
+        with open(file, "rb") as handle:
+            version = npy.read_magic(handle)
+            if version != (1, 0):
+                raise ValueError(f"format version {version}")
+            found = npy.read_array_header_1_0(handle)
+            offset = handle.tell()
+            size = handle.seek(0, 2)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file}: is not an .npy file of vectors ({error})") from None
+    if found != (shape, False, dtype):
+        raise ArtifactError(f"{file}: holds {found[2]} {list(found[0])}, the manifest says {dtype} {list(shape)}")
+    if size != offset + int(np.prod(shape, dtype=object)) * dtype.itemsize:
+        raise ArtifactError(f"{file}: has {size} bytes, which is not its header and {list(shape)} values")
+    return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape)

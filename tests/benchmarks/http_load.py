@@ -1,0 +1,133 @@
+"""A load generator for the HTTP benchmarks: `wrk` where it is installed, else a client of our own in another process.
+
+The client shares the machine's cores with what it measures. wrk needs about a tenth of a core at ten thousand requests
+per second, the Python client most of one: figures of the two are not to be mixed, and every result names its client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+_LUA = """
+local targets = {}
+for line in io.lines(%(targets)s) do targets[#targets + 1] = line end
+local next_target = 0
+request = function()
+  next_target = next_target %% #targets + 1
+  return wrk.format("GET", targets[next_target])
+end
+done = function(summary, latency)
+  local e = summary.errors
+  io.write(string.format('\\n{"requests": %%d, "microseconds": %%d, "p50_us": %%f, "p99_us": %%f, "errors": %%d}',
+    summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
+    e.connect + e.read + e.write + e.status + e.timeout))
+end
+"""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one connection count reached. `errors` counts answers other than 2xx and 3xx, and broken connections."""
+
+    requests_per_second: float
+    p50_ms: float
+    p99_ms: float
+    errors: int
+
+
+def client_name() -> str:
+    return "wrk" if shutil.which("wrk") else "python"
+
+
+def measure(address: str, targets: Sequence[str], *, connections: int, seconds: float) -> Load:
+    """GET `targets` (paths with query) at `address` in turn over keep-alive connections, as fast as answers come."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "targets"
+        file.write_text("\n".join(targets) + "\n")
+        if client_name() == "wrk":
+            return _wrk(address, file, connections, seconds)
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.http_load",
+            address,
+            str(file),
+            str(connections),
+            str(seconds),
+        ]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return Load(**json.loads(done.stdout))
+
+
+def _wrk(address: str, targets: Path, connections: int, seconds: float) -> Load:
+    script = targets.with_suffix(".lua")
+    script.write_text(_LUA % {"targets": json.dumps(str(targets))})
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}", "-s", str(script), address]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    counted = json.loads(done.stdout.splitlines()[-1])
+    return Load(
+        requests_per_second=counted["requests"] / (counted["microseconds"] / 1e6),
+        p50_ms=counted["p50_us"] / 1e3,
+        p99_ms=counted["p99_us"] / 1e3,
+        errors=counted["errors"],
+    )
+
+
+async def _drive(host: str, port: int, requests: list[bytes], connections: int, seconds: float) -> Load:
+    latencies: list[float] = []
+    errors = 0
+    start = time.perf_counter()
+    deadline = start + seconds
+
+    async def one_connection(first: int) -> None:
+        nonlocal errors
+        reader, writer = await asyncio.open_connection(host, port)
+        turn = first
+        while (sent := time.perf_counter()) < deadline:
+            writer.write(requests[turn % len(requests)])
+            turn += connections
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = head.lower().split(b"content-length:", 1)[1].split(b"\r\n", 1)[0]
+            await reader.readexactly(int(length))
+            latencies.append(time.perf_counter() - sent)
+            errors += head[9:10] not in (b"2", b"3")
+        writer.close()
+
+    outcomes = await asyncio.gather(*map(one_connection, range(connections)), return_exceptions=True)
+    wall = time.perf_counter() - start
+    errors += sum(isinstance(outcome, BaseException) for outcome in outcomes)
+    p50, p99 = np.percentile(latencies, [50, 99]) * 1e3 if latencies else (np.inf, np.inf)
+    return Load(len(latencies) / wall, float(p50), float(p99), errors)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("address")
+    parser.add_argument("targets", type=Path)
+    parser.add_argument("connections", type=int)
+    parser.add_argument("seconds", type=float)
+    args = parser.parse_args()
+    url = urlsplit(args.address)
+    requests = [
+        f"GET {target} HTTP/1.1\r\nHost: {url.netloc}\r\n\r\n".encode()
+        for target in args.targets.read_text().split("\n")[:-1]
+    ]
+    load = asyncio.run(_drive(url.hostname or "", url.port or 80, requests, args.connections, args.seconds))
+    print(json.dumps(asdict(load)))
+
+
+if __name__ == "__main__":
+    _main()
