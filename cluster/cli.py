@@ -127,9 +127,8 @@ def _export(args: Arguments) -> int:
 def _interchange(args: Arguments) -> int:
     if not args.out:
         raise SettingError("--out", f"is needed with --to {args.to}: the file to write")
-    from embedding_service.artifact import Artifact
-
     from embedding_service import interchange
+    from embedding_service.artifact import Artifact
 
     artifact = Artifact.open(_artifact_folder(args.run))
     write = {

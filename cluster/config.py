@@ -1,14 +1,17 @@
 """The one configuration tree: what every setting is called, what it means, and its default.
 
 A run is described by one TOML file whose tables are the sections below; `--set section.name=value` overrides a single
-setting. `lexshard config --show` prints this file's documentation with the values in force. Below the command line
-nothing sees this tree whole: builders take plain arguments.
+setting; `${NAME}` in a text is the environment variable NAME. `lexshard config --show` prints this file's
+documentation with the values in force. Below the command line nothing sees this tree whole: builders take plain
+arguments.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import tomllib
 import types
 import typing
@@ -94,7 +97,9 @@ class ModelSettings:
     mask: Literal["item", "session"] = setting(
         "session", "two_tower: not taken as negatives: the positive item itself, or all items of its session"
     )
-    logq: float = setting(1.0, "two_tower: strength of the sampling correction of in-batch negatives", low=0.0, high=1.0)
+    logq: float = setting(
+        1.0, "two_tower: strength of the sampling correction of in-batch negatives", low=0.0, high=1.0
+    )
     normalize: bool = setting(True, "two_tower: vectors have unit length")
 
 
@@ -103,22 +108,39 @@ class TrainSettings:
     """How it is learned."""
 
     epochs: int = setting(10, "passes over the training sessions", low=1)
-    batch_size: int = setting(2048, "two_tower: examples per worker and step; item2vec: items per worker and step", low=1)
+    batch_size: int = setting(
+        2048, "two_tower: examples per worker and step; item2vec: items per worker and step", low=1
+    )
+    history_length: int = setting(
+        0,
+        "two_tower: most history items an example sees in training (of a basket: that many at random); 0: as served",
+        low=0,
+    )
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = setting(
         "rowwise_adagrad", "two_tower: optimiser of the tables (item2vec always is SGD, as published)"
     )
     learning_rate: float = setting(0.05, "peak learning rate of the tables", low=0.0)
     dense_learning_rate: float = setting(1e-3, "peak learning rate of the towers' weights (Adam)", low=0.0)
     warmup: float = setting(0.0, "share of the training over which the rate rises to its peak", low=0.0, high=1.0)
-    final_rate: float = setting(0.0, "share of the peak rate at the end of the linear decay; 1: constant", low=0.0, high=1.0)
-    init_scale: float = setting(0.0, "tables start uniform in +-this; 0: 1/(2 dim) for item2vec, 1/sqrt(dim) for two_tower")
+    final_rate: float = setting(
+        0.0, "share of the peak rate at the end of the linear decay; 1: constant", low=0.0, high=1.0
+    )
+    init_scale: float = setting(
+        0.0, "tables start uniform in +-this; 0: 1/(2 dim) for item2vec, 1/sqrt(dim) for two_tower"
+    )
     seed: int = setting(0, "every random choice follows from this", low=0)
-    threads: int = setting(0, "threads per worker; 0: all cores divided by workers. More than 1 is not bit-reproducible for item2vec", low=0)
+    threads: int = setting(
+        0,
+        "threads per worker; 0: all cores divided by workers. More than 1 is not bit-reproducible for item2vec",
+        low=0,
+    )
     validate_every: int = setting(1, "epochs between validations; 0: never", low=0)
     validate_cases: int = setting(10_000, "at most this many validation cases are scored", low=1)
     metric: str = setting("recall@20", "validation metric that picks the best checkpoint")
     patience: int = setting(0, "stop after this many validations without improvement; 0: never", low=0)
-    checkpoint_seconds: float = setting(120.0, "time between checkpoints; one is always written at an epoch's end", low=0.0)
+    checkpoint_seconds: float = setting(
+        120.0, "time between checkpoints; one is always written at an epoch's end", low=0.0
+    )
     report_seconds: float = setting(10.0, "time between lines of progress where there is no terminal", low=0.0)
     keep_checkpoints: int = setting(2, "checkpoints kept besides the best", low=1)
 
@@ -140,7 +162,9 @@ class ExportSettings:
 
     precision: Literal["fp32", "fp16", "int8"] = setting("fp16", "precision of the exported vectors")
     index: str = setting("auto", "FAISS factory string (`HNSW32`, `IVF4096,PQ32`, `Flat`...); auto: by size")
-    recall_target: float = setting(0.95, "search parameters are raised until this recall of exact search", low=0.0, high=1.0)
+    recall_target: float = setting(
+        0.95, "search parameters are raised until this recall of exact search", low=0.0, high=1.0
+    )
     recall_k: int = setting(20, "k of that recall", low=1)
 
 
@@ -188,7 +212,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         if not equals:
             raise SettingError(override, "an override is written section.name=value")
         _put(tree, path.strip(), _parse_value(text.strip()))
-    return config_from_dict(tree)
+    return config_from_dict(_expand(tree, ""))
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
@@ -218,6 +242,21 @@ def to_toml(config: Config) -> str:
             lines += ["", f"[{section}]"]
         lines += [f"# {doc}", f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}"]
     return "\n".join(lines).lstrip() + "\n"
+
+
+def _expand(value: Any, path: str) -> Any:
+    """`value` with `${NAME}` in its texts replaced by environment variables. Raises SettingError for an unset one."""
+    if isinstance(value, Mapping):
+        return {name: _expand(part, f"{path}.{name}".lstrip(".")) for name, part in value.items()}
+    if not isinstance(value, str):
+        return value
+
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise SettingError(path, f"names the environment variable {match[1]}, which is not set")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", variable, value)
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:

@@ -68,7 +68,7 @@ def run_on_ray(
             except ray.train.TrainingFailedError as error:
                 failures += 1
                 reason = _reason(error)
-                if isinstance(error, _TRAIN.ControllerError):
+                if not _is_death(error):
                     raise LaunchError(f"the workers could not be started: {reason}") from error
                 if failures > max_failures >= 0:
                     raise LaunchError(_too_often(failures, max_failures, reason)) from error
@@ -202,8 +202,10 @@ def _interruptible() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT) if on_main_thread else None
     try:
         yield
-    except SystemExit:  # how Ray Train's handler ends the driver
-        raise KeyboardInterrupt from None
+    except SystemExit as end:
+        if end.code:  # Ray's handler of SIGTERM
+            raise
+        raise KeyboardInterrupt from None  # Ray Train's handler of SIGINT ends the driver with status 0
     finally:
         if on_main_thread:
             signal.signal(signal.SIGINT, before)
@@ -223,6 +225,13 @@ def _remove(notes: str, attempt: str) -> None:
 # ---------------------------------------------------------------- what went wrong
 
 
+def _is_death(error: ray.train.TrainingFailedError) -> bool:
+    """Whether workers failed, and not their placement."""
+    # A worker that dies while others still start takes Ray's controller with it; so its own policy would not retry.
+    cause = getattr(error, "controller_failure", None)
+    return cause is None or isinstance(cause, RayError)
+
+
 def _reason(error: ray.train.TrainingFailedError) -> str:
     """The root cause in one line: a dead process before the errors of the workers that missed it."""
     failures = getattr(error, "worker_failures", {})
@@ -232,12 +241,14 @@ def _reason(error: ray.train.TrainingFailedError) -> str:
             return f"worker {rank} died (killed, out of memory, or crashed)"
     for rank, failure in sorted(failures.items()):
         return f"worker {rank} failed: {type(failure).__name__}: {_first_line(failure)}"
-    return _first_line(getattr(error, "controller_failure", error))
+    cause = getattr(error, "controller_failure", error)
+    return "a worker died (killed, out of memory, or crashed)" if isinstance(cause, RayError) else _first_line(cause)
 
 
 def _too_often(failures: int, max_failures: int, reason: str) -> str:
-    allowed = "no restart is" if max_failures == 0 else f"{max_failures} restarts are"
-    return f"{reason}; the workers failed {failures} times and {allowed} allowed (cluster.max_failures)"
+    allowed = {0: "no restart is", 1: "1 restart is"}.get(max_failures, f"{max_failures} restarts are")
+    times = "once" if failures == 1 else f"{failures} times"
+    return f"{reason}; the workers failed {times} and {allowed} allowed (cluster.max_failures)"
 
 
 def _first_line(error: BaseException) -> str:

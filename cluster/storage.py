@@ -24,7 +24,8 @@ def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
     if "://" not in text:
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
     try:
-        return fs.FileSystem.from_uri(text)
+        filesystem, path = fs.FileSystem.from_uri(text)
+        return filesystem, str(path)
     except (ValueError, OSError, ImportError) as error:
         raise DataError(f"cannot be opened: {error}", file=text) from None
 

@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluster.errors import LaunchError, SettingError
+from cluster.errors import ArtifactError, LaunchError, SettingError
 from embedding_service.artifact import Artifact
 from embedding_service.http_api import HttpApi
 from embedding_service.http_schema import Catalogue, Limits
-from embedding_service.retrieval import Retriever
+from embedding_service.keys import Vocabulary
+from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -77,19 +78,34 @@ class Replica:
 
 
 def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1) -> HttpApi:  # noqa: B008 (frozen)
-    """The ASGI application over `artifact`, warmed up."""
-    tower = artifact.query_tower().spec
-    items = artifact.keys("item")
-    sources = {block.source for block in tower.inputs}
-    features = sorted(sources - {"user", "history", "last_item"})
-    users = artifact.keys("user") if "user" in sources else None
+    """The ASGI application over `artifact`, warmed up. Raises ArtifactError for one that lacks an index or a tower."""
+    manifest = artifact.manifest
+    if not {RECOMMEND, SIMILAR} <= manifest["indexes"].keys() or manifest["query_tower"] is None:
+        found = ", ".join(manifest["indexes"]) or "none"
+        raise ArtifactError(
+            f"{artifact.path}: a service needs a query tower and the indexes {RECOMMEND} and {SIMILAR}; "
+            f"indexes here: {found}"
+        )
+
+    def key_map(vectors: str) -> Vocabulary:
+        return artifact.keys(manifest["vectors"][vectors]["keys"])
+
+    index = manifest["indexes"][RECOMMEND]
+    items = key_map(index["vectors"])
+    single = {
+        block.source: key_map(block.vectors)
+        for block in artifact.query_tower().spec.inputs
+        if block.source not in ("history", "last_item")
+    }
+    users = single.pop("user", None)
     catalogue = Catalogue(
         version=artifact.version,
         num_items=len(items.keys),
-        dim=tower.dim,
+        dim=index["dim"],
         key_type=items.key_type,
-        user_type=users.key_type if users is not None else None,
-        features={name: artifact.keys(name).key_type for name in features},
+        user_type=None if users is None else users.key_type,
+        features={name: keys.key_type for name, keys in sorted(single.items())},
+        details={name: manifest[name] for name in ("name", "created", "indexes", "lineage", "figures")},
     )
     api = HttpApi(Retriever(artifact), catalogue, items, users, limits=limits, threads=max(2, threads))
     api.warm_up()
@@ -303,7 +319,7 @@ def high_throughput_environment(*, local: bool) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_MAXCONN": str(connections),  # HAProxy dies at start if it may not open as many files
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # of replicas that leave; the default is 30
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # of replicas that leave; the default is 30
         "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own log is in Ray's log folder
     }
     if local:

@@ -35,7 +35,7 @@ from torch import Tensor
 from cluster.errors import ArtifactError
 from cluster.storage import checksum, publish_folder, remove_folder, sync_folder, write_atomic, write_json
 from embedding_service import manifest as schema
-from embedding_service.exact import Float32, Metric
+from embedding_service.exact import Metric
 from embedding_service.index import VectorIndex, tuned_index
 from embedding_service.keys import Vocabulary
 from embedding_service.manifest import Manifest, parse_manifest, tower_spec
@@ -84,7 +84,7 @@ class Artifact:
     def keys(self, name: str) -> Vocabulary:
         """The key map `name`. Raises ArtifactError if there is none or it does not fit the manifest."""
         if name not in self._keys:
-            entry = self._entry("key map", self._manifest.key_maps, name)
+            entry = self._entry("key map", self._manifest.keys, name)
             vocabulary = Vocabulary.load(self.path / entry.file)
             found = (len(vocabulary.keys), vocabulary.key_type, vocabulary.unknown)
             if found != (entry.keys, entry.key_type, entry.unknown):
@@ -96,9 +96,7 @@ class Artifact:
         """The vector set `name`, memory-mapped. Raises ArtifactError if there is none."""
         entry = self._entry("vector set", self._manifest.vectors, name)
         scale = None if entry.scale_file is None else self.path / entry.scale_file
-        return VectorSet.open(
-            self.path / entry.file, scale, rows=entry.rows, dim=entry.dim, precision=entry.precision
-        )
+        return VectorSet.open(self.path / entry.file, scale, rows=entry.rows, dim=entry.dim, precision=entry.precision)
 
     def query_tower(self) -> Tower:
         """The query tower in evaluation mode. Raises ArtifactError if there is none or its weights do not fit it."""
@@ -141,7 +139,7 @@ class ArtifactWriter:
         self, root: str | Path, version: str | None = None, *, name: str | None = None, threads: int | None = None
     ) -> None:
         if "://" in str(root):
-            raise ArtifactError(f"{root}: artifacts are written to a local or mounted folder; copy the version from there")
+            raise ArtifactError(f"{root}: artifacts are written to a local folder; copy the version from there")
         if version is not None:
             _check_name("version", version)
         self.root = Path(root)
@@ -194,9 +192,7 @@ class ArtifactWriter:
         file = f"vectors/{name}.npy"
         scale_file = f"vectors/{name}.scale.npy" if precision == "int8" else None
         scale = None if scale_file is None else self.folder / scale_file
-        sink = VectorSink(
-            self.folder / file, scale, rows=rows, dim=dim, precision=precision, normalized=normalized
-        )
+        sink = VectorSink(self.folder / file, scale, rows=rows, dim=dim, precision=precision, normalized=normalized)
         self._sinks[name] = sink
         self._vectors[name] = {
             "file": file, "scale_file": scale_file, "rows": rows, "dim": dim, "precision": precision,
@@ -282,7 +278,7 @@ class ArtifactWriter:
                 "name": self._name,
                 "version": version,
                 "created": now.isoformat(timespec="seconds"),
-                "key_maps": self._key_maps,
+                "keys": self._key_maps,
                 "vectors": self._vectors,
                 "query_tower": self._tower,
                 "indexes": self._indexes,
@@ -323,7 +319,8 @@ class ArtifactWriter:
             if (self.root / self._version).exists():
                 raise ArtifactError(f"{self.root / self._version}: this version exists; versions are never overwritten")
             return self._version
-        stamp, version, number = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%dT%H%M%SZ"), 1
+        stamp = version = now.strftime("%Y%m%dT%H%M%SZ")
+        number = 1
         while (self.root / version).exists():
             number += 1
             version = f"{stamp}-{number:02d}"
@@ -398,6 +395,3 @@ def _remove_abandoned(root: Path) -> None:
         finally:
             os.close(handle)
     sync_folder(root)
-
-
-__all__ = ["Artifact", "ArtifactWriter", "Float32", "VectorSet", "VectorSink"]

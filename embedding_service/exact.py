@@ -43,7 +43,8 @@ class ArrayVectors:
         self.rows, self.dim = array.shape
 
     def take(self, rows: npt.NDArray[np.integer]) -> Float32:
-        return self.array[rows]
+        taken: Float32 = self.array[rows]
+        return taken
 
     def chunks(self, size: int = 65_536) -> Iterator[tuple[int, Float32]]:
         for start in range(0, self.rows, size):
@@ -81,7 +82,8 @@ def exact_search(
 def pair_scores(queries: Float32, candidates: Float32, metric: Metric) -> Float32:
     """Scores of each query [n, dim] with its own candidates [n, k, dim]: float32 [n, k], as `exact_search` has them."""
     wide = _prepared(queries, metric)
-    return np.matmul(_prepared(candidates, metric), wide[:, :, None])[:, :, 0].astype(np.float32)
+    scores: Float32 = np.matmul(_prepared(candidates, metric), wide[:, :, None])[:, :, 0].astype(np.float32)
+    return scores
 
 
 def unit_length(vectors: Float32) -> Float32:

@@ -47,6 +47,7 @@ ROWS_PER_CENTROID = (39, 256)  # FAISS's advice for k-means: fewer give poor cen
 MAX_TRAINING_BYTES = 2 * 2**30  # of the training sample, as long as 39 rows per centroid fit
 TUNING_QUERIES = 1000
 LONG_SEARCH = 128  # a graph that needs a larger efSearch than this is tried in its other arrangement
+MAX_GPU_K = 2048  # FAISS's limit
 REFINE_FACTOR = 8  # `...,RFlat`: this many times k candidates are scored exactly
 
 _log = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ class VectorIndex:
         self.parameters: dict[str, int] = {}
         self._centre = centre
         self._radius = radius
-        self._index, self._on_gpu = _to_fastest_device(index)
+        self._core_kind = type(_core(index))
+        self._index, self._gpu = _to_fastest_device(index)
         self.set_parameters(parameters)
 
     @classmethod
@@ -108,7 +110,7 @@ class VectorIndex:
         """Train and fill an index; its search parameters are FAISS's defaults until `set_parameters`.
 
         Reads `vectors` in chunks: memory is the index, a training sample (IVF, PQ, SQ) and one chunk. `arrangement`
-        None picks "centred" for a graph under inner product and "plain" else. `threads` sets FAISS's (process-wide).
+        None picks "centred" for a graph under inner product and "plain" else. `threads` is for `set_threads`.
 
         Raises SettingError (export.index) for a factory string that FAISS cannot parse or honour for this dimension
         and metric, and for fewer vectors than its training needs.
@@ -122,9 +124,9 @@ class VectorIndex:
             arrangement = "centred" if metric == "ip" and _is_graph(empty) else "plain"
         centre, radius = None, 0.0
         if arrangement != "plain":
-            centre = _mean(vectors)
+            centre = mean = _mean(vectors)
+            radius = max(float(_norms(chunk - mean).max()) for _, chunk in vectors.chunks())
         if arrangement == "augmented":
-            radius = max(float(_norms(chunk - centre).max()) for _, chunk in vectors.chunks())
             empty = _create(resolved, vectors.dim + 1, faiss.METRIC_L2)
         arranged = _Arranged(vectors, metric, centre, radius if arrangement == "augmented" else None)
         if not empty.is_trained:
@@ -144,6 +146,11 @@ class VectorIndex:
         return int(self._index.d) - (self.arrangement == "augmented")
 
     @property
+    def exhaustive(self) -> bool:
+        """Whether every row is scored without loss, so that only rounding and ties part it from `exact_search`."""
+        return issubclass(self._core_kind, faiss.IndexFlat)
+
+    @property
     def knob(self) -> tuple[str, int] | None:
         """The search parameter that trades time for recall and its largest value; None if there is none."""
         core = _core(self._index)
@@ -155,7 +162,7 @@ class VectorIndex:
 
     def set_parameters(self, parameters: Mapping[str, int]) -> None:
         """Set FAISS search parameters (efSearch, nprobe, k_factor_rf...). Raises ArtifactError for one it lacks."""
-        space = faiss.GpuParameterSpace() if self._on_gpu else faiss.ParameterSpace()
+        space = faiss.GpuParameterSpace() if self._gpu is not None else faiss.ParameterSpace()
         for name, value in parameters.items():
             try:
                 space.set_index_parameter(self._index, name, value)
@@ -172,6 +179,10 @@ class VectorIndex:
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ValueError(f"queries must be [n, {self.dim}]; got {list(queries.shape)}")
         queries = np.ascontiguousarray(queries, np.float32)
+        if self._gpu is not None and k > MAX_GPU_K:
+            scores, rows = self.search(queries, MAX_GPU_K)
+            padding = ((0, 0), (0, k - MAX_GPU_K))
+            return np.pad(scores, padding, constant_values=-np.inf), np.pad(rows, padding, constant_values=-1)
         if self.metric == "cosine":
             queries = unit_length(queries)
         if self.arrangement != "augmented":
@@ -186,7 +197,7 @@ class VectorIndex:
 
     def save(self, path: str | Path) -> None:
         """Write `path` (FAISS's own format, no pickle) and, next to it, `<path>.json` with the settings."""
-        faiss.write_index(faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index, str(path))
+        faiss.write_index(faiss.index_gpu_to_cpu(self._index) if self._gpu is not None else self._index, str(path))
         settings = {
             "factory": self.factory,
             "metric": self.metric,
@@ -276,7 +287,7 @@ def tuned_index(
 
 
 def set_threads(threads: int | None) -> None:
-    """Threads that FAISS uses in this process; None leaves them as they are."""
+    """Threads that FAISS uses for calls from this thread; None leaves them as they are."""
     if threads is not None:
         faiss.omp_set_num_threads(threads)
 
@@ -330,7 +341,7 @@ def _tune(index: VectorIndex, test: _RecallTest, target: float) -> float:
     name, limit = index.knob
     value = 1 if name == "nprobe" else 16
     measured: list[tuple[int, float]] = []
-    while not measured or (measured[-1][1] < target and measured[-1][0] < limit):
+    while not measured or (measured[-1][1] < target and measured[-1][0] < limit and not _stalled(measured)):
         index.set_parameters({name: min(value, limit)})
         measured.append((min(value, limit), test.recall(index)))
         value *= 2
@@ -339,6 +350,11 @@ def _tune(index: VectorIndex, test: _RecallTest, target: float) -> float:
         measured = [next(entry for entry in measured if entry[1] >= best - 0.005)]
     index.set_parameters({name: measured[-1][0]})
     return measured[-1][1]
+
+
+def _stalled(measured: list[tuple[int, float]]) -> bool:
+    """Whether the last doubling brought nothing: what is missing was lost to quantisation."""
+    return len(measured) > 1 and measured[-1][1] - measured[-2][1] < 0.0005
 
 
 class _Arranged:
@@ -370,8 +386,8 @@ def _training_sample(arranged: _Arranged, index: Any, factory: str, seed: int) -
     if arranged.rows < low * centroids:
         raise SettingError(
             "export.index",
-            f"{factory} has {centroids} centroids and wants {low} vectors for each, {low * centroids} in all; there are "
-            f"{arranged.rows}: take at most {arranged.rows // low} lists, fewer PQ bits, or `auto`",
+            f"{factory} has {centroids} centroids and wants {low} vectors for each, {low * centroids} in all; "
+            f"there are {arranged.rows}: take at most {arranged.rows // low} lists, fewer PQ bits, or `auto`",
         )
     affordable = MAX_TRAINING_BYTES // (4 * index.d)
     num = min(arranged.rows, max(65_536, min(high * centroids, affordable), low * centroids))
@@ -423,18 +439,16 @@ def _is_graph(index: Any) -> bool:
     return hasattr(_core(index), "hnsw")
 
 
-def _to_fastest_device(index: Any) -> tuple[Any, bool]:
-    """The index on the first GPU, if FAISS was built for GPUs, there is one and it knows this kind; else as it is."""
-    if not hasattr(faiss, "get_num_gpus") or faiss.get_num_gpus() == 0:
-        return index, False
-    if not isinstance(
-        _core(index), (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
-    ):
-        return index, False
+def _to_fastest_device(index: Any) -> tuple[Any, Any]:
+    """The index on the first GPU and the GPU's resources, which must outlive it; as it is and None without.
+
+    For a GPU, FAISS must be its GPU build, and the index of a kind that FAISS has for GPUs.
+    """
+    on_gpu = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
+    if faiss.get_num_gpus() == 0 or not isinstance(faiss.downcast_index(index), on_gpu):
+        return index, None
     resources = faiss.StandardGpuResources()
-    moved = faiss.index_cpu_to_gpu(resources, 0, index)
-    moved.lexshard_resources = resources  # FAISS does not keep them alive
-    return moved, True
+    return faiss.index_cpu_to_gpu(resources, 0, index), resources
 
 
 def _mean(vectors: Vectors) -> Float32:
@@ -445,7 +459,8 @@ def _mean(vectors: Vectors) -> Float32:
 
 
 def _norms(vectors: Float32) -> Float32:
-    return np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
+    norms: Float32 = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
+    return norms
 
 
 def _short(error: BaseException) -> str:

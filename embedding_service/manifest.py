@@ -85,7 +85,7 @@ class Manifest(_Entry):
     name: str
     version: Name
     created: str
-    key_maps: dict[Name, KeyMapEntry]
+    keys: dict[Name, KeyMapEntry]
     vectors: dict[Name, VectorEntry]
     query_tower: TowerEntry | None
     indexes: dict[Name, IndexEntry]
@@ -114,16 +114,16 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     def refuse(problem: str) -> None:
         raise ArtifactError(f"{where}: {problem}")
 
-    named = [(f"key_maps.{name}", entry.file) for name, entry in manifest.key_maps.items()]
+    named = [(f"keys.{name}", entry.file) for name, entry in manifest.keys.items()]
     for name, vectors in manifest.vectors.items():
         named.append((f"vectors.{name}", vectors.file))
         if vectors.scale_file is not None:
             named.append((f"vectors.{name}", vectors.scale_file))
         if (vectors.scale_file is None) == (vectors.precision == "int8"):
             refuse(f"vectors.{name}: int8 vectors have a scale file, others have none")
-        if vectors.keys not in manifest.key_maps:
+        if vectors.keys not in manifest.keys:
             refuse(f"vectors.{name}: there is no key map {vectors.keys!r}")
-        keys = manifest.key_maps[vectors.keys].keys
+        keys = manifest.keys[vectors.keys].keys
         if vectors.rows not in (keys, keys + 1):
             refuse(f"vectors.{name}: has {vectors.rows} rows, but key map {vectors.keys!r} has {keys} keys")
     for name, index in manifest.indexes.items():
@@ -131,7 +131,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
         if index.vectors not in manifest.vectors:
             refuse(f"indexes.{name}: there is no vector set {index.vectors!r}")
         source = manifest.vectors[index.vectors]
-        if (index.rows, index.dim) != (manifest.key_maps[source.keys].keys, source.dim):
+        if (index.rows, index.dim) != (manifest.keys[source.keys].keys, source.dim):
             refuse(f"indexes.{name}: {index.rows} x {index.dim} does not fit vector set {index.vectors!r}")
     if manifest.query_tower is not None:
         named.append(("query_tower", manifest.query_tower.file))

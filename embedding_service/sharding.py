@@ -82,15 +82,17 @@ class _Collections(nn.Module):
             )
 
     def forward(self, features: Mapping[str, KeyedJaggedTensor]) -> dict[str, Tensor]:
-        awaited = [self.by_dim[dim](features[dim]) for dim in features]  # all exchanges start before the first is awaited
+        awaited = [
+            self.by_dim[dim](features[dim]) for dim in features
+        ]  # all exchanges start before the first is awaited
         return {name: rows.values() for found in awaited for name, rows in found.items()}
 
 
 class ShardedTables:
     """Embedding tables, row-wise sharded over the ranks of the default process group, with a fused optimiser.
 
-    The optimiser runs inside `backward`. Gradients of one row from several ranks are added, so a loss that is divided by
-    the examples of all ranks gives the same update for any number of ranks.
+    The optimiser runs inside `backward`. Gradients of one row from several ranks are added, so a loss that is divided
+    by the examples of all ranks gives the same update for any number of ranks.
     """
 
     def __init__(
@@ -125,7 +127,8 @@ class ShardedTables:
         kind, options = kinds[self.optimizer]
         apply_optimizer_in_backward(kind, collection.parameters(), {"lr": learning_rate, **options})
         constraints = {
-            _t(name): ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"]) for name in self.specs
+            _t(name): ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"])
+            for name in self.specs
         }
         world = dist.get_world_size()
         topology = Topology(world_size=world, compute_device=self.device.type, local_world_size=world)

@@ -52,7 +52,7 @@ def initial_rows(spec: TableSpec, seed: int, start: int, stop: int) -> np.ndarra
     return out
 
 
-@numba.njit("void(float32[::1], uint64, uint64, float32)", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit("void(float32[::1], uint64, uint64, float32)", nogil=True, cache=True)
 def _fill_uniform(out: np.ndarray, first: np.uint64, key: np.uint64, scale: np.float32) -> None:
     base = key * np.uint64(0xD1342543DE82EF95)
     for i in range(out.size):
@@ -67,8 +67,8 @@ def _fill_uniform(out: np.ndarray, first: np.uint64, key: np.uint64, scale: np.f
 def deduplicate(uses: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The distinct rows of several uses of one table, in order of first appearance, and each use as an index into them.
 
-    uses: name -> int64 [n]. Returns (int64 [u], name -> int64 [n]). Distinct rows make the exchange between workers small
-    and give the fused optimiser one gradient per row.
+    uses: name -> int64 [n]. Returns (int64 [u], name -> int64 [n]). Distinct rows make the exchange between workers
+    small and give the fused optimiser one gradient per row.
     """
     rows = np.concatenate(list(uses.values())) if uses else np.empty(0, np.int64)
     unique, inverse = _distinct(rows.astype(np.int64, copy=False))
@@ -76,7 +76,7 @@ def deduplicate(uses: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, n
     return unique, dict(zip(uses, np.split(inverse, bounds), strict=True))
 
 
-@numba.njit("Tuple((int64[::1], int64[::1]))(int64[::1])", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit("Tuple((int64[::1], int64[::1]))(int64[::1])", nogil=True, cache=True)
 def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """np.unique(rows, return_inverse=True) by open addressing: no sort, and ranks keep the order of appearance."""
     bits = 4

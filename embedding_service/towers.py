@@ -7,6 +7,7 @@ this file's alone, so both agree.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +42,8 @@ class TowerInput:
 class TowerSpec:
     """What a tower is made of; JSON-able through `to_dict` / `from_dict`.
 
-    Without `hidden` the inputs (all of width `dim`) are summed; with it they are concatenated and go through an MLP with
-    ReLU between its layers. `normalize` gives the output unit length.
+    Without `hidden` the inputs (all of width `dim`) are summed; with it they are concatenated and go through an MLP
+    with ReLU between its layers. `normalize` gives the output unit length.
     """
 
     inputs: tuple[TowerInput, ...]
@@ -75,7 +76,7 @@ class Tower(nn.Module):
         if spec.hidden:
             widths = [sum(block.dim for block in spec.inputs), *spec.hidden, spec.dim]
             layers: list[nn.Module] = []
-            for i, (wide, narrow) in enumerate(zip(widths, widths[1:], strict=False)):
+            for i, (wide, narrow) in enumerate(itertools.pairwise(widths)):
                 layers += [nn.ReLU()] * (i > 0) + [nn.Linear(wide, narrow)]
             self.mlp = nn.Sequential(*layers)
         elif any(block.dim != spec.dim for block in spec.inputs):
@@ -124,7 +125,7 @@ def input_rows(spec: TowerSpec, *, history: Ragged | None, single: Mapping[str, 
             rows, offsets = last.values, last.offsets
         else:
             known = single[block.source] >= 0
-            rows, offsets = single[block.source][known], offsets_of(known)
+            rows, offsets = single[block.source][known], offsets_of(known.astype(np.int64))
         found[block.name] = InputRows(block.vectors, rows, offsets, np.ones(len(rows), np.float32))
     return found
 

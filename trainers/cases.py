@@ -54,7 +54,9 @@ def load_cases(config: Config, keys: Mapping[str, Vocabulary], source: str, *, l
     data = config.data
     columns = Columns(data.items, data.user, data.history, "", data.query_features)
     if not data.history and not data.user:
-        raise SettingError("data.history", "is empty, and so is data.user: cases need a history, or a user to look it up")
+        raise SettingError(
+            "data.history", "is empty, and so is data.user: cases need a history, or a user to look it up"
+        )
     cases = _to_cases(SessionReader(source, columns, bad_rows=data.bad_rows), keys)
     if limit and len(cases) > limit:
         cases = cases.take(np.linspace(0, len(cases) - 1, limit).astype(np.int64))

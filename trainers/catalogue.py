@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,7 +35,7 @@ def evaluate_model(
     """
     names = [f"{name}@{k}" for k in ks for name in METRICS]
     mine = cases.take(np.arange(place.rank, len(cases), place.world_size))
-    num_blocks = -(-(-(-len(cases) // place.world_size)) // _QUERY_BLOCK)
+    num_blocks = math.ceil(len(cases) / (place.world_size * _QUERY_BLOCK))
     totals = torch.zeros(len(names) + 1, dtype=torch.float64)
     for block in range(num_blocks):
         part = mine.take(np.arange(block * _QUERY_BLOCK, min(len(mine), (block + 1) * _QUERY_BLOCK)))

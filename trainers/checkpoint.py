@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -33,21 +33,21 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from cluster.config import Config, config_to_dict
-from cluster.errors import CheckpointError
+from cluster.config import Config, config_from_dict, config_to_dict
+from cluster.errors import CheckpointError, SettingError
 from cluster.storage import checksum, publish_folder, remove_folder, write_json
 from trainers.models import Model
 
 FORMAT = 1
 
 # Settings that may change between a run's sessions: the rest would make it another run.
-_FREE = ("run", "cluster.", "serve.", "export.", "data.test", "data.mask_seen") + tuple(
-    f"train.{name}"
-    for name in (
-        "epochs", "threads", "validate_every", "patience", "metric", "checkpoint_seconds", "report_seconds",
-        "keep_checkpoints",
-    )
+_FREE = (
+    "run", "cluster.", "serve.", "export.", "data.test", "data.mask_seen", "train.epochs", "train.threads",
+    "train.validate_every", "train.patience", "train.metric", "train.checkpoint_seconds", "train.report_seconds",
+    "train.keep_checkpoints",
 )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        dcp.save(
+        save(
             _tensors(model),
             storage_writer=_JsonWriter(temporary),
             planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
@@ -156,7 +156,7 @@ class CheckpointStore:
         best = self.pointer()["best"]
         if which == "best" and best in names:
             names.sort(key=lambda name: name != best)
-        refused = []
+        refused: list[str] = []
         for name in names:
             try:
                 return name, verify(self.folder / name), refused
@@ -218,7 +218,13 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def check_same_run(before: Mapping[str, Any], config: Config, where: Path) -> None:
     """Raises CheckpointError naming the settings in which a checkpoint's config differs from the run's."""
-    old, new = dict(_leaves(before, "")), dict(_leaves(config_to_dict(config), ""))
+    try:
+        known = config_to_dict(
+            config_from_dict(before)
+        )  # a setting that is younger than the checkpoint has its default
+    except SettingError as error:
+        raise CheckpointError(f"checkpoint {where} has a config that this version cannot read: {error}") from None
+    old, new = dict(_leaves(known, "")), dict(_leaves(config_to_dict(config), ""))
     changed = [
         f"{path} was {old.get(path)!r} and is now {new.get(path)!r}"
         for path in sorted(old.keys() | new.keys())
@@ -258,12 +264,12 @@ def _tensors(model: Model) -> dict[str, Any]:
 def _load(model: Model, folder: Path) -> None:
     """Read the tensors in place. Raises CheckpointError if they do not fit the model."""
     try:
-        dcp.load(
+        load(
             _tensors(model),
             storage_reader=_JsonReader(folder),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         )
-    except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
+    except (CheckpointException, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {folder} does not fit the model: {error}") from None
 
 
@@ -349,4 +355,3 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(kind, torch.dtype):
         raise ValueError(f"{name!r} is not a dtype")
     return kind
-

@@ -93,7 +93,9 @@ def _find_cases(config: Config, keys: Mapping[str, Vocabulary], source: str) -> 
         return load_cases(config, keys, source)
     validation = load_validation(config, load_prepared(config.run))
     if validation is None:
-        raise DataError(f"{config.run} has no validation cases: it was trained with data.holdout = none and no data.valid")
+        raise DataError(
+            f"{config.run} has no validation cases: it was trained with data.holdout = none and no data.valid"
+        )
     return validation
 
 
@@ -122,5 +124,3 @@ def load_trained(config: Config, prepared: Prepared, place: Rank, *, which: str)
     model = build_model(config, prepared, device=place.device, threads=torch.get_num_threads())
     store.resume(model, config, which=which)
     return model, chosen[0]
-
-

@@ -30,7 +30,7 @@ class TokenPlan:
     def __init__(
         self, sessions: Sessions, *, block_items: int, ordered: bool, keep: np.ndarray, numbers: tuple[int, ...]
     ) -> None:
-        """keep: float32 [rows], the probability with which an item is kept (subsampling); numbers: (seed, epoch, window)."""
+        """keep: float32 [rows], the probability with which an item is kept; numbers: (seed, epoch, window)."""
         items = sessions.items
         random = generator(*numbers, 1)
         if (keep < 1.0).any():
@@ -162,7 +162,7 @@ def session_hits(
     return _session_hits(items[order], order, values, begin, end)  # type: ignore[no-any-return]
 
 
-@numba.njit("void(int64[::1], int64[::1], uint64)", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit("void(int64[::1], int64[::1], uint64)", nogil=True, cache=True)
 def _shuffle(values: np.ndarray, offsets: np.ndarray, seed: np.uint64) -> None:
     """Fisher-Yates in every list."""
     state = seed
@@ -174,7 +174,7 @@ def _shuffle(values: np.ndarray, offsets: np.ndarray, seed: np.uint64) -> None:
             values[begin + i], values[begin + j] = values[begin + j], values[begin + i]
 
 
-@numba.njit(  # type: ignore[untyped-decorator]
+@numba.njit(
     "UniTuple(int64[::1], 2)(int64[::1], int64[::1], int64[::1], int64[::1], int64[::1])", nogil=True, cache=True
 )
 def _session_hits(ordered, order, values, begin, end):  # type: ignore[no-untyped-def]

@@ -95,7 +95,8 @@ def _tuning_queries(config: Config, prepared: Prepared, model: Model) -> np.ndar
         return None
     chosen = cases.take(np.linspace(0, len(cases) - 1, min(len(cases), _TUNING_QUERIES)).astype(np.int64))
     queries = model.encode_queries(chosen.history, chosen.single).cpu().numpy()
-    return queries[np.abs(queries).max(1) > 0.0]  # a history of unknown items asks for nothing
+    asking: np.ndarray = queries[np.abs(queries).max(1) > 0.0]
+    return asking  # a history of unknown items asks for nothing
 
 
 def _figures(config: Config) -> dict[str, Any]:

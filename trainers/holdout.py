@@ -20,9 +20,9 @@ Kind = Literal["none", "items", "last_item", "sessions", "last_sessions"]
 class Holdout:
     """What validation hides of the training sessions.
 
-    `items`: a share of every session's items; `last_item`: the last item of every session; `sessions`: a random share of
-    whole sessions; `last_sessions`: the last ones of the `num_sessions`. A held-out session gives a case for every item
-    but its first: the items before it, and the item.
+    `items`: a share of every session's items; `last_item`: the last item of every session; `sessions`: a random share
+    of whole sessions; `last_sessions`: the last ones of the `num_sessions`. A held-out session gives a case for every
+    item but its first: the items before it, and the item.
     """
 
     kind: Kind
@@ -92,7 +92,7 @@ def _next_item_cases(sessions: SessionBatch) -> SessionBatch:
 
 
 class CaseSample:
-    """At most `limit` cases of a stream, chosen by a hash of their number: the same ones in whatever pieces they come."""
+    """At most `limit` cases of a stream, chosen by a hash of their number, in whatever pieces they come."""
 
     def __init__(self, limit: int, seed: int) -> None:
         self.limit = limit

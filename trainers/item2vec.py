@@ -1,7 +1,7 @@
 """Item2Vec: skip-gram with negative sampling over sessions (Barkan and Koenigstein 2016; Mikolov et al. 2013).
 
-Two tables are learned and both are kept: 'similar items' compares input vectors, 'recommend' ranks output vectors against
-the session's input vectors, which is what the objective trains for.
+Two tables are learned and both are kept: 'similar items' compares input vectors, 'recommend' ranks output vectors
+against the session's input vectors, which is what the objective trains for.
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ def plan_lookups(inputs: Mapping[str, InputRows], table_of: Mapping[str, str]) -
 
 
 @torch.no_grad()
-def read_blocks(tables: ShardedTables, inputs: Mapping[str, InputRows], table_of: Mapping[str, str]) -> dict[str, Tensor]:
+def read_blocks(
+    tables: ShardedTables, inputs: Mapping[str, InputRows], table_of: Mapping[str, str]
+) -> dict[str, Tensor]:
     """Input name -> float32 [n, dim], without a gradient. A collective call."""
     lookups = plan_lookups(inputs, table_of)
     return lookups.blocks(tables.lookup(lookups.ids))

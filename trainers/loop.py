@@ -27,8 +27,9 @@ from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, p
 from trainers.sessions import SessionReader, read_ahead
 
 
-
-def train(config: Config, *, fresh: bool = False, on_event: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+def train(
+    config: Config, *, fresh: bool = False, on_event: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Train the run that `config` describes, from its last checkpoint if it has one. Returns the run's result.
 
     fresh: remove the run's folder first. on_event: gets every event of the worker (see `train_worker`).
@@ -60,8 +61,8 @@ def train(config: Config, *, fresh: bool = False, on_event: Callable[[dict[str, 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """One worker's part of a run. Returns its result (rank 0's is the run's).
 
-    Rank 0 reports events: {"kind": "note", "text"}, {"kind": "progress", "epoch", "share", "loss", "examples_per_second",
-    "seconds_left", "peak_rss_bytes"}, {"kind": "validation", "epoch", <metrics>}.
+    Rank 0 reports events: {"kind": "note", "text"}, {"kind": "progress", "epoch", "share", "loss",
+    "examples_per_second", "seconds_left", "peak_rss_bytes"}, {"kind": "validation", "epoch", <metrics>}.
     """
     config = config_from_dict(settings)
     place = current_rank(config.cluster.device)
@@ -204,7 +205,11 @@ class _Run:
         metric = self.config.train.metric
         _, k = parse_metric(metric)
         figures = evaluate_model(
-            self.model, self.cases, ks=(k,), place=self.place, mask_seen=self.config.data.mask_seen,
+            self.model,
+            self.cases,
+            ks=(k,),
+            place=self.place,
+            mask_seen=self.config.data.mask_seen,
             num_candidates=len(self.prepared.keys["item"].keys),
         )
         value = figures[metric]
@@ -247,7 +252,7 @@ class _Run:
 
 
 class _MetricsLog:
-    """`<run>/metrics.jsonl` and TensorBoard events, numbers only; a resumed run goes on behind its checkpoint's step."""
+    """`<run>/metrics.jsonl` and TensorBoard events, numbers only; a resumed run goes on behind its checkpoint."""
 
     def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

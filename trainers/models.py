@@ -111,6 +111,7 @@ def build_model(config: Config, prepared: Prepared, *, device: torch.device, thr
         mask=model.mask,
         history_decay=model.history_decay,
         history_length=model.history_length,
+        training_history_length=train.history_length or model.history_length,
         temperature=model.temperature,
         logq=model.logq,
         normalize=model.normalize,

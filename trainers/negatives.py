@@ -20,7 +20,8 @@ class UnigramSampler:
 
     def draw(self, num: int, seed: int) -> np.ndarray:
         """`num` rows as int64, a pure function of `seed`."""
-        return _draw(self._accept, self._alias, num, np.uint64(seed))
+        rows: np.ndarray = _draw(self._accept, self._alias, num, np.uint64(seed))
+        return rows
 
 
 def unigram_probability(counts: np.ndarray, exponent: float) -> np.ndarray:
@@ -30,7 +31,8 @@ def unigram_probability(counts: np.ndarray, exponent: float) -> np.ndarray:
     if not seen.any():
         return np.full(len(counts), 1.0 / len(counts))
     weight[seen] = counts[seen].astype(np.float64) ** exponent
-    return weight / weight.sum()
+    weight /= weight.sum()
+    return weight
 
 
 def log_frequency(counts: np.ndarray) -> np.ndarray:
@@ -53,7 +55,7 @@ def keep_probability(counts: np.ndarray, threshold: float) -> np.ndarray:
     return np.minimum(1.0, np.sqrt(threshold / share) + threshold / share).astype(np.float32)
 
 
-@numba.njit("Tuple((float64[::1], int64[::1]))(float64[::1])", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit("Tuple((float64[::1], int64[::1]))(float64[::1])", nogil=True, cache=True)
 def _alias_tables(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Vose's (1991) construction: row i is taken with accept[i], else alias[i]."""
     n = probability.size
@@ -85,7 +87,7 @@ def _alias_tables(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return accept, alias
 
 
-@numba.njit("int64[::1](float64[::1], int64[::1], int64, uint64)", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit("int64[::1](float64[::1], int64[::1], int64, uint64)", nogil=True, cache=True)
 def _draw(accept: np.ndarray, alias: np.ndarray, num: int, seed: np.uint64) -> np.ndarray:
     out = np.empty(num, np.int64)
     base = (seed + np.uint64(1)) * np.uint64(0xD1342543DE82EF95)

@@ -24,9 +24,9 @@ def info_nce(
         logit[i, j] = query[i] . candidate[j] / temperature - log_q[j]
         loss = - sum_i log softmax(logit[i])[i]
 
-    where `log_q[j]` is the log of the probability that candidate j is drawn into a batch; subtracting it makes the sampled
-    softmax an estimate of the full one. Pairs (i, j) in `hits` (accidental hits: candidate j is i's own item once more)
-    leave the softmax. Order: temperature, then log_q, then the mask.
+    where `log_q[j]` is the log of the probability that candidate j is drawn into a batch; subtracting it makes the
+    sampled softmax an estimate of the full one. Pairs (i, j) in `hits` (accidental hits: candidate j is i's own item
+    once more) leave the softmax. Order: temperature, then log_q, then the mask.
 
     query, candidate: float32 [n, d]; log_q: float32 [n]; hits: int64 [p] twice. Returns a float32 scalar.
     """
@@ -63,8 +63,8 @@ def skip_gram(center: Tensor, context: Tensor, negatives: Tensor) -> Tensor:
 
         loss = - sum_i [ log sigmoid(center_i . context_i) + sum_k log sigmoid(- center_i . negatives_ik) ]
 
-    center, context: float32 [n, d]; negatives: float32 [n, k, d]. Returns a float32 scalar. This is the formula that the
-    compiled kernel in `skipgram.py` follows by sequential SGD; tests hold the two together.
+    center, context: float32 [n, d]; negatives: float32 [n, k, d]. Returns a float32 scalar. This is the formula that
+    the compiled kernel in `skipgram.py` follows by sequential SGD; tests hold the two together.
     """
     positive = F.logsigmoid((center * context).sum(1))
     negative = F.logsigmoid(-torch.einsum("nd,nkd->nk", center, negatives))

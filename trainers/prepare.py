@@ -110,8 +110,8 @@ def prepare(config: Config, reader: SessionReader) -> None:
         pq.write_table(cases_table(cases), temporary / "valid.parquet")
     elif holdout.kind != "none":
         raise DataError(
-            f"data.holdout = {holdout.kind!r} finds nothing to hold out in {config.data.train}; sessions are too short, "
-            "or data.holdout_fraction is too small"
+            f"data.holdout = {holdout.kind!r} finds nothing to hold out in {config.data.train}; its sessions are too "
+            "short, or data.holdout_fraction is too small"
         )
     description = {"fingerprint": reader.fingerprint, "num_sessions": reader.num_sessions, "bad_rows": reader.num_bad}
     write_json(temporary / "prepared.json", description)

@@ -1,7 +1,7 @@
 """Sequential skip-gram SGD over a block of sessions, on a local copy of the block's rows.
 
-A large synchronous batch delays updates and costs quality, so a worker looks the block's distinct rows up once, runs the
-windows over them in order, one SGD step per target as word2vec does, and hands the difference back to the table.
+A large synchronous batch delays updates and costs quality, so a worker looks the block's distinct rows up once, runs
+the windows over them in order, one SGD step per target as word2vec does, and hands the difference back to the table.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ def run_block(
     window 0: the whole session) of the same session, the pair (source[tokens[c]], target[tokens[t]]) is positive, and
     (source[tokens[c]], target[n]) negative for `num_negatives` rows n that all contexts of t share:
 
-        g = label - sigmoid(source_c . target_n);   target_n += rate * sum_c g source_c;   source_c += rate * sum_n g target_n
+        g = label - sigmoid(source_c . target_n)
+        target_n += rate * sum_c g source_c
+        source_c += rate * sum_n g target_n
 
-    source, target: float32 [u, dim], the distinct rows of the block; tokens: int64 [m] into them; offsets: int64 [n + 1],
-    the sessions; negatives: int64 [q], a sample of rows of `target` that negatives are drawn from. With one thread the
-    result is a pure function of the arguments; more threads work on shares of the sessions and update without locks
-    (Hogwild, Niu et al. 2011). Returns the summed loss over a sixteenth of the targets, and its number of pairs.
+    source, target: float32 [u, dim], the distinct rows of the block; tokens: int64 [m] into them; offsets: int64
+    [n + 1], the sessions; negatives: int64 [q], a sample of rows of `target` that negatives are drawn from. With one
+    thread the result is a pure function of the arguments; more threads work on shares of the sessions and update
+    without locks (Hogwild, Niu et al. 2011). Returns the summed loss over a sixteenth of the targets, and its number of
+    pairs.
     """
     count = len(offsets) - 1
     share = np.searchsorted(offsets, np.linspace(0, offsets[-1], threads + 1)).clip(0, count)
@@ -61,7 +64,7 @@ def run_block(
     return float(loss), int(pairs)
 
 
-@numba.njit(nogil=True, fastmath=True, boundscheck=False, error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, fastmath=True, boundscheck=False, error_model="numpy", cache=True)
 def _kernel(source, target, tokens, offsets, first, last, negatives, window, num_negatives, rate, seed, sigmoid):  # type: ignore[no-untyped-def]
     dim = source.shape[1]
     longest = 0

@@ -55,6 +55,7 @@ class TwoTower:
         mask: Literal["item", "session"],
         history_decay: float,
         history_length: int,
+        training_history_length: int,
         temperature: float,
         logq: float,
         normalize: bool,
@@ -65,8 +66,8 @@ class TwoTower:
         seed: int,
         device: torch.device,
     ) -> None:
-        """counts: int64 [items], how often each is a positive; rows: key map -> table rows; item_features: name -> int64
-        [items]. What the settings mean: `lexshard config --show`.
+        """counts: int64 [items], how often each is a positive; rows: key map -> table rows; item_features: name ->
+        int64 [items]. What the settings mean: `lexshard config --show`.
         """
         self.num_items = len(counts)
         self._item_features = dict(item_features)
@@ -99,10 +100,12 @@ class TwoTower:
             self.item_tower = Tower(TowerSpec(tuple(candidate), dim, hidden, normalize)).to(device)
         self.dense = nn.ModuleDict({"query_tower": self.query_tower, "item_tower": self.item_tower})
         weights = list(self.dense.parameters())
-        self.dense_optimizer = torch.optim.Adam(weights, lr=dense_learning_rate) if weights else None
+        self.dense_optimizer: torch.optim.Optimizer | None = None
+        if weights:
+            self.dense_optimizer = torch.optim.Adam(weights, lr=dense_learning_rate)
         self._with_history = any(block.source in ("history", "last_item") for block in inputs)
         self._log_q = log_frequency(counts) * logq
-        self._examples, self._mask, self._history_length = examples, mask, history_length
+        self._examples, self._mask, self._history_length = examples, mask, training_history_length
         self._batch_size, self._temperature = batch_size, temperature
         self._learning_rate, self._dense_learning_rate = learning_rate, dense_learning_rate
 
@@ -179,7 +182,7 @@ class TwoTower:
             return self.tables.lookup({table: torch.arange(start, stop)})[table]
 
     def vector_sets(self) -> dict[str, str]:
-        """Vector set of the artifact -> key map of its rows: the item tower's output, and what the query tower reads."""
+        """Vector set of the artifact -> key map of its rows: the item tower's output, and the query tower's inputs."""
         read = {block.vectors for block in self.query_tower.spec.inputs}
         return {"item": "item"} | {name: "item" if name == "history" else name for name in sorted(read)}
 

@@ -22,7 +22,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -61,6 +61,7 @@ def main() -> None:
             deploy_bare(threads)
             singles = measure_singles(service, artifact, args.rounds, args.seconds)
             bulk = measure_bulk(service, artifact, threads, args.rounds)
+    index = artifact.manifest["indexes"]["recommend"]
     ratios = {
         name: singles[name]["c32"]["requests_per_second"] / singles["bare"]["c32"]["requests_per_second"]
         for name in ("similar", "recommend")
@@ -73,8 +74,8 @@ def main() -> None:
         "recommend_over_bare": ratios["recommend"],
         "singles": singles,
         "bulk_queries_per_second": bulk,
-        "data": f"{args.items} x {DIM} synthetic clustered vectors, {artifact.manifest['indexes']['recommend']['factory']}",
-        "recall": artifact.manifest["indexes"]["recommend"]["recall"]["value"],
+        "data": f"{args.items} x {DIM} synthetic clustered vectors",
+        "index": {name: index[name] for name in ("factory", "parameters", "recall")},
         "machine": {
             "cores": os.cpu_count(),
             "load_before": load_before,
@@ -118,7 +119,9 @@ def deploy_bare(threads: int) -> None:
 
     from embedding_service.app import deployment_options
 
-    serve.run(serve.deployment(Bare, **deployment_options(threads=threads)).bind(), name="bare", route_prefix="/bare")
+    options = deployment_options(threads=threads)
+    options["ray_actor_options"]["num_cpus"] = 0
+    serve.run(serve.deployment(Bare, **options).bind(), name="bare", route_prefix="/bare")
 
 
 def measure_singles(service: Service, artifact: Artifact, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:

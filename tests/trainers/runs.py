@@ -106,5 +106,3 @@ def diary_worker(settings: dict[str, Any]) -> Any:
         return loop.train_worker(settings)
     finally:
         TwoTower.prepare, TwoTower.step, loop._Run._count = prepare, original_step, count  # type: ignore[method-assign]
-
-

@@ -88,11 +88,11 @@ def test_every_session_once_over_two_one_and_three_workers(data: Path, tmp_path:
         data,
         data={"user": "user", "holdout": "none"},
         model={"kind": "two_tower", "query": ["user"], "examples": "last_item"},
-        train={"epochs": 2, "batch_size": 16, "checkpoint_seconds": 0.2},
+        train={"epochs": 2, "batch_size": 8, "checkpoint_seconds": 0.0},
     )
     Path(config.run).mkdir()
     lives = []
-    for life, (workers, last_step) in enumerate(((2, 9), (1, 33), (3, 0))):
+    for life, (workers, last_step) in enumerate(((2, 25), (1, 50), (3, 0))):
         diary = tmp_path / f"life-{life}"
         diary.mkdir()
         job = config_to_dict(config) | {"diary": str(diary), "last_step": last_step}
@@ -109,6 +109,8 @@ def test_every_session_once_over_two_one_and_three_workers(data: Path, tmp_path:
             except LaunchError:
                 assert last_step
         lives.append((first, diary))
+    firsts = [first for first, _ in lives]
+    assert firsts[0] == 0 < firsts[1] < 25 <= firsts[2] <= 50  # each life goes on inside an epoch of the one before
     trained: Counter[int] = Counter()
     ends = [first for first, _ in lives[1:]] + [10**9]
     for (_, diary), end in zip(lives, ends, strict=True):
@@ -170,7 +172,9 @@ class TestRefusedCheckpoints:
 
 
 def test_checkpoints_kept(data: Path, tmp_path: Path) -> None:
-    config = small_config(tmp_path / "run", data, train={"epochs": 4, "keep_checkpoints": 2, "checkpoint_seconds": 60.0})
+    config = small_config(
+        tmp_path / "run", data, train={"epochs": 4, "keep_checkpoints": 2, "checkpoint_seconds": 60.0}
+    )
     train(config, on_event=silent)
     store = CheckpointStore(config.run)
     assert len(store.names()) in (2, 3)  # the last two, and the best where it is neither

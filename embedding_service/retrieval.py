@@ -1,0 +1,276 @@
+"""The service without a server: similar(keys), search(vectors), recommend(sessions), single or in batches alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cluster.errors import ArtifactError, DataError, KeyNotFound
+from embedding_service.artifact import Artifact
+from embedding_service.candidates import Candidates, first_unseen, num_fetched
+from embedding_service.exact import Float32, Int64, unit_length
+from embedding_service.keys import Key, Vocabulary
+from embedding_service.ragged import Ragged, offsets_of
+from embedding_service.towers import InputRows, Tower, input_rows
+from embedding_service.vectors import VectorSet
+
+RECOMMEND, SIMILAR = "recommend", "similar"  # the names of the two indexes
+_FROM_SESSION = ("history", "last_item")
+
+
+@dataclass(frozen=True)
+class Results:
+    """Answers to n queries, best first; places that could not be filled have row -1 and score -inf, at the end.
+
+    rows int64 and scores float32 [n, min(k, candidates)]; keys: the found keys of each query, without padding;
+    cold_start: whether the query said nothing that the model knows, so that the most frequent items are the answer and
+    their counts the scores.
+    """
+
+    rows: Int64
+    scores: Float32
+    keys: list[list[Key]]
+    cold_start: list[bool]
+
+
+class Retriever:
+    """Answers queries from one artifact. Safe to use from many threads; makes none itself, but FAISS does.
+
+    `exact=True` scores every candidate in place of asking the index. `threads` limits FAISS's.
+    """
+
+    def __init__(self, artifact: Artifact, *, exact: bool = False, threads: int | None = None) -> None:
+        self.artifact = artifact
+        self.version = artifact.version
+        self._candidates: dict[str, Candidates] = {}
+        self._catalogue: dict[str, Vocabulary] = {}
+        for name, entry in artifact.manifest["indexes"].items():
+            keys = artifact.keys(artifact.manifest["vectors"][entry["vectors"]]["keys"])
+            vectors = artifact.vectors(entry["vectors"]).head(len(keys.keys))  # the unknown row is no candidate
+            index = None if exact else artifact.index(name, threads=threads)
+            self._candidates[name] = Candidates(vectors, entry["metric"], index)
+            self._catalogue[name] = keys
+        self._encoder = None if artifact.manifest["query_tower"] is None else QueryEncoder(artifact)
+        if self._encoder is not None and RECOMMEND in self._candidates:
+            self._check_fit(self._encoder)
+
+    def similar(self, keys: Sequence[Key], k: int = 10) -> Results:
+        """The items nearest to each item of `keys`, itself left out. Raises KeyNotFound for the first unknown key."""
+        candidates, catalogue = self._part(SIMILAR)
+        _check_batch(len(keys), k)
+        rows = catalogue.rows(keys)
+        unknown = np.flatnonzero((rows < 0) | (rows >= candidates.rows))
+        if len(unknown):
+            raise KeyNotFound(keys[unknown[0]], self._key_map_name(SIMILAR))
+        own = Ragged(rows, np.arange(len(rows) + 1, dtype=np.int64))
+        return self._results(catalogue, *candidates.search_unseen(candidates.vectors.take(rows), k, own))
+
+    def search(self, vectors: npt.NDArray[np.floating], k: int = 10) -> Results:
+        """The items that score highest with query vectors, float [n, dim] (or one, [dim]), under the recommend index.
+
+        Raises DataError for another shape, nan or infinite values.
+        """
+        candidates, catalogue = self._part(RECOMMEND)
+        queries = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
+        _check_batch(len(queries), k)
+        if queries.ndim != 2 or queries.shape[1] != candidates.dim:
+            raise DataError(f"query vectors must be [n, {candidates.dim}]; got {list(np.shape(vectors))}")
+        finite = np.isfinite(queries).all(axis=1)
+        if not finite.all():
+            raise DataError(f"query vector {int(np.argmin(finite))} holds nan or an infinity")
+        return self._results(catalogue, *candidates.search(queries, k))
+
+    def recommend(
+        self,
+        sessions: Sequence[Sequence[Key]],
+        k: int = 10,
+        *,
+        users: Sequence[Key | None] | None = None,
+        features: Mapping[str, Sequence[Key | None]] | None = None,
+        exclude_seen: bool = True,
+    ) -> Results:
+        """What comes next in each session (item keys, oldest first; unknown ones are passed over).
+
+        `users` and `features` [n] may be given only where the query tower looks at them; None is unknown. A query of
+        which nothing is known is answered with the most frequent items. `exclude_seen` leaves out the session's items.
+        """
+        _, catalogue = self._part(RECOMMEND)
+        encoder = self._required_encoder()
+        _check_batch(len(sessions), k)
+        given = {**(features or {}), **({} if users is None else {"user": users})}
+        single = encoder.rows_of_single(given, len(sessions))
+        lengths = np.array([len(session) for session in sessions], np.int64)
+        flat = [key for session in sessions for key in session]
+        history = Ragged(catalogue.rows(flat) if flat else np.empty(0, np.int64), offsets_of(lengths))
+        scores, rows, cold = self._recommend(history, single, k, history if exclude_seen else None)
+        return self._results(catalogue, scores, rows, cold)
+
+    def encode_rows(self, history: Ragged, users: Int64 | None, features: Mapping[str, Int64]) -> Float32:
+        """Query vectors float32 [n, dim] of n histories of item rows (oldest first), users and features [n] by row.
+
+        -1 is unknown everywhere. `users` None: all unknown.
+        """
+        encoder = self._required_encoder()
+        return encoder.encode(history, encoder.checked_single({**features, "user": users}, len(history)))
+
+    def recommend_rows(
+        self,
+        history: Ragged,
+        users: Int64 | None,
+        features: Mapping[str, Int64],
+        k: int,
+        exclude: Ragged | None,
+    ) -> tuple[Float32, Int64]:
+        """`recommend` in rows: scores float32 and rows int64 [n, min(k, candidates)] without `exclude`'s rows."""
+        self._part(RECOMMEND)
+        _check_batch(len(history), k)
+        single = self._required_encoder().checked_single({**features, "user": users}, len(history))
+        scores, rows, _ = self._recommend(history, single, k, exclude)
+        return scores, rows
+
+    def _recommend(
+        self, history: Ragged, single: dict[str, Int64], k: int, exclude: Ragged | None
+    ) -> tuple[Float32, Int64, npt.NDArray[np.bool_]]:
+        candidates, catalogue = self._part(RECOMMEND)
+        encoder = self._required_encoder()
+        cold = ~encoder.knows(history, single)
+        if not cold.any():
+            return *candidates.search_unseen(encoder.encode(history, single), k, exclude), cold
+        n, k = len(history), min(k, candidates.rows)
+        scores, rows = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
+        warm, cold_members = np.flatnonzero(~cold), np.flatnonzero(cold)
+        if len(warm):
+            queries = encoder.encode(history.take(warm), {name: value[warm] for name, value in single.items()})
+            seen = None if exclude is None else exclude.take(warm)
+            scores[warm], rows[warm] = candidates.search_unseen(queries, k, seen)
+        seen = history.take(cold_members).tail(0) if exclude is None else exclude.take(cold_members)
+        fetch = min(candidates.rows, int(num_fetched(k, seen.lengths).max()))
+        frequent = np.broadcast_to(np.arange(fetch), (len(cold_members), fetch))  # rows are ordered by frequency
+        counts = catalogue.counts[frequent].astype(np.float32)
+        scores[cold_members], rows[cold_members] = first_unseen(counts, frequent, seen, k)
+        return scores, rows, cold
+
+    def _results(
+        self, catalogue: Vocabulary, scores: Float32, rows: Int64, cold: npt.NDArray[np.bool_] | None = None
+    ) -> Results:
+        found = rows >= 0
+        flat = catalogue.keys_of(rows[found]).to_pylist()
+        ends = np.cumsum(found.sum(axis=1)).tolist()
+        keys = [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        return Results(rows, scores, keys, [False] * len(rows) if cold is None else cold.tolist())
+
+    def _part(self, name: str) -> tuple[Candidates, Vocabulary]:
+        if name not in self._candidates:
+            raise ArtifactError(f"{self.artifact.path}: has no index {name!r}")
+        return self._candidates[name], self._catalogue[name]
+
+    def _key_map_name(self, index: str) -> str:
+        manifest = self.artifact.manifest
+        return str(manifest["vectors"][manifest["indexes"][index]["vectors"]]["keys"])
+
+    def _required_encoder(self) -> QueryEncoder:
+        if self._encoder is None:
+            raise ArtifactError(f"{self.artifact.path}: has no query tower: it answers keys and vectors only")
+        return self._encoder
+
+    def _check_fit(self, encoder: QueryEncoder) -> None:
+        """The query tower must speak of the same items, in vectors of the same width, as the recommend index."""
+        items = self._key_map_name(RECOMMEND)
+        wrong = [name for source, name in encoder.key_maps.items() if source in _FROM_SESSION and name != items]
+        if wrong:
+            raise ArtifactError(f"{self.artifact.path}: sessions are keyed by {wrong[0]!r}, candidates by {items!r}")
+        if encoder.dim != self._candidates[RECOMMEND].dim:
+            raise ArtifactError(
+                f"{self.artifact.path}: queries have width {encoder.dim}, candidates {self._candidates[RECOMMEND].dim}"
+            )
+
+
+class QueryEncoder:
+    """The query tower over the artifact's vector sets: rows in, query vectors out.
+
+    A tower without hidden layers is computed here in numpy, which spares a short session most of its time; the tests
+    hold it against `Tower`. With hidden layers `Tower` itself runs, in float64, so that rounding to float32 gives the
+    same vector in any batch.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        tower = artifact.query_tower()
+        self.spec = tower.spec
+        self.dim = tower.spec.dim
+        self.key_maps = {
+            block.source: str(artifact.manifest["vectors"][block.vectors]["keys"]) for block in tower.spec.inputs
+        }
+        self._keys = {source: artifact.keys(name) for source, name in self.key_maps.items()}
+        self._vectors = {block.vectors: artifact.vectors(block.vectors) for block in tower.spec.inputs}
+        self._tower: Tower | None = tower.double() if tower.spec.hidden else None
+        self._sees_session = any(source in _FROM_SESSION for source in self.key_maps)
+        self._single = [source for source in self.key_maps if source not in _FROM_SESSION]
+
+    def rows_of_single(self, given: Mapping[str, Sequence[Key | None]], num: int) -> dict[str, Int64]:
+        """Rows int64 [num] of the user and feature keys that a request gives. Raises DataError for others."""
+        for source, keys in given.items():
+            if source not in self._single:
+                raise DataError(f"this model's queries have no {source!r}; they have: {self._known_sources()}")
+            if len(keys) != num:
+                raise DataError(f"{len(keys)} values of {source!r} were given for {num} sessions")
+        return self.checked_single({source: self._keys[source].rows(keys) for source, keys in given.items()}, num)
+
+    def checked_single(self, given: Mapping[str, Int64 | None], num: int) -> dict[str, Int64]:
+        """The rows [num] of all sources besides the session; those not given are unknown."""
+        missing = np.full(num, -1, np.int64)
+        found: dict[str, Int64] = {}
+        for source in self._single:
+            rows = given.get(source)
+            found[source] = missing if rows is None else rows
+        return found
+
+    def knows(self, history: Ragged, single: Mapping[str, Int64]) -> npt.NDArray[np.bool_]:
+        """bool [n]: whether anything in the query has a key of its own."""
+        known = np.zeros(len(history), np.bool_)
+        for source, rows in single.items():
+            known |= (rows >= 0) & (rows < len(self._keys[source].keys))
+        if self._sees_session:
+            num_items = min(len(self._keys[source].keys) for source in self.key_maps if source in _FROM_SESSION)
+            known[history.owners()[(history.values >= 0) & (history.values < num_items)]] = True
+        return known
+
+    def encode(self, history: Ragged, single: Mapping[str, Int64]) -> Float32:
+        """Query vectors float32 [n, dim]; -1 rows are passed over."""
+        known = history.values >= 0
+        if not known.all():
+            history = history.keep(known)
+        looked_up = input_rows(self.spec, history=history, single=single)
+        blocks = {name: _pooled(self._vectors[rows.vectors], rows) for name, rows in looked_up.items()}
+        if self._tower is not None:
+            with torch.inference_mode():
+                return self._tower({name: torch.from_numpy(b).double() for name, b in blocks.items()}).float().numpy()
+        out: Float32 = np.sum(list(blocks.values()), axis=0)
+        return unit_length(out) if self.spec.normalize else out
+
+    def _known_sources(self) -> str:
+        return ", ".join(["sessions"] * self._sees_session + self._single)
+
+
+def _pooled(vectors: VectorSet, lookup: InputRows) -> Float32:
+    """`towers.pool` in numpy: weighted sums of the looked-up rows, float32 [n, dim]; an empty list gives zeros."""
+    starts, lengths = lookup.offsets[:-1], np.diff(lookup.offsets)
+    weighted = vectors.take(lookup.rows) * lookup.weights[:, None]
+    if lengths.all():
+        sums: Float32 = np.add.reduceat(weighted, starts, axis=0)
+        return sums
+    out = np.zeros((len(lengths), vectors.dim), np.float32)
+    filled = lengths > 0
+    if filled.any():  # reduceat gives an empty list its next neighbour's first row: leave such lists out
+        out[filled] = np.add.reduceat(weighted, starts[filled], axis=0)
+    return out
+
+
+def _check_batch(num: int, k: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise DataError(f"k must be a whole number of at least 1; got {k!r}")
+    if num == 0:
+        raise DataError("the batch is empty: ask at least one query")

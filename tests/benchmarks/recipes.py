@@ -1,0 +1,59 @@
+"""What the recipe benchmarks share: a recipe trained from raw Parquet through `lexshard`, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
+
+
+def data_folder() -> Path:
+    """The folder of the public data sets: LEXSHARD_DATA, by default ../shared/data beside the repository."""
+    folder = Path(os.environ.get("LEXSHARD_DATA", RECIPES.parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        sys.exit(f"there is no folder {folder}: name the folder of the data sets in LEXSHARD_DATA")
+    return folder.resolve()
+
+
+def run_recipe(name: str, ks: str, *settings: str) -> dict[str, Any]:
+    """Train the recipe and evaluate its last checkpoint on test, as a user would: two commands in processes of their
+    own.
+
+    The recipe's epochs were chosen on validation data; its training uses all of train. Returns {"seconds" of training,
+    "wall_seconds" of both, "peak_rss_bytes", "metrics"}.
+    """
+    environment = {**os.environ, "LEXSHARD_DATA": str(data_folder())}
+    with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
+        overrides = [f"run={folder}/run", *settings]
+        flags = [part for setting in overrides for part in ("--set", setting)]
+        started = time.monotonic()
+        trained = _lexshard(["train", str(RECIPES / f"{name}.toml"), "--json", *flags], environment)
+        report = _lexshard(["evaluate", f"{folder}/run", "--which", "last", "--json", "--k", ks], environment)
+        return {
+            "seconds": round(trained["seconds"], 1),
+            "wall_seconds": round(time.monotonic() - started, 1),
+            "peak_rss_bytes": trained["peak_rss_bytes"],
+            "epochs": trained["epochs"],
+            "num_cases": report["num_cases"],
+            "metrics": {key: value for key, value in report["results"][0].items() if isinstance(value, float)},
+        }
+
+
+def _lexshard(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "cluster.cli", *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def progress(text: str) -> None:
+    """A line for the person watching; standard output is for the JSON."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,270 @@
+"""The Ray Serve shell: its arguments and refusals without Ray, and one real service, asked over HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+from cluster.errors import ArtifactError, SettingError
+from embedding_service import app
+from embedding_service.app import Service, build, check_port, high_throughput_environment, http_api, serve_artifact
+from embedding_service.artifact import Artifact, ArtifactWriter
+from embedding_service.http_schema import Limits
+from embedding_service.keys import Vocabulary
+from embedding_service.retrieval import Retriever
+from embedding_service.towers import TowerInput, TowerSpec
+from tests.embedding_service.test_http_api import ask, keys_of
+
+DIM = 8
+GROUPS = 5  # items item-0, item-5, item-10... share a direction
+NUM_ITEMS = 40
+KEYS = [f"item-{i}" for i in range(NUM_ITEMS)]
+
+
+def write_artifact(root: Path, *, indexes: tuple[str, ...] = ("recommend", "similar")) -> Path:
+    """Items in groups of one direction each; users 100 + g like group g; a query is the history plus the user."""
+    rng = np.random.default_rng(0)
+    groups = np.eye(GROUPS, DIM)
+    vectors = (groups[np.arange(NUM_ITEMS) % GROUPS] + 0.01 * rng.standard_normal((NUM_ITEMS, DIM))).astype(np.float32)
+    inputs = (
+        TowerInput("history", "history", "item", DIM, decay=0.8),
+        TowerInput("user", "user", "user", DIM),
+    )
+    with ArtifactWriter(root) as writer:
+        writer.add_keys("item", Vocabulary(pa.array(KEYS), np.arange(NUM_ITEMS, 0, -1)))
+        writer.add_keys("user", Vocabulary(pa.array(range(100, 100 + GROUPS)), np.ones(GROUPS, np.int64)))
+        writer.add_vectors("item", rows=NUM_ITEMS, dim=DIM, keys="item", precision="fp32").write(0, vectors)
+        sink = writer.add_vectors("user", rows=GROUPS, dim=DIM, keys="user", precision="fp32")
+        sink.write(0, groups.astype(np.float32))
+        writer.set_query_tower(TowerSpec(inputs, DIM), {})
+        for name in indexes:
+            metric: Any = "cosine" if name == "similar" else "ip"
+            writer.add_index(name, vectors="item", metric=metric, factory="Flat", recall_target=0.9, recall_k=5)
+        return writer.publish(lineage={"run": "planted"}, figures={})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_artifact(tmp_path_factory.mktemp("artifacts"))
+
+
+def group_of(key: object) -> int:
+    return int(str(key).removeprefix("item-")) % GROUPS
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class TestWithoutRay:
+    def test_the_api_answers_what_the_retriever_finds(self, folder: Path) -> None:
+        artifact = Artifact.open(folder)
+        api = http_api(artifact)
+        expected = Retriever(artifact).recommend([["item-3", "item-8"]], 7, users=[101])
+        reply = ask(api, "GET", "/v1/recommend?items=item-3&items=item-8&user=101&k=7").json
+        assert [item["key"] for item in reply["items"]] == expected.keys[0]
+        assert [item["score"] for item in reply["items"]] == expected.scores[0].tolist()
+
+    def test_the_api_knows_the_artifact(self, folder: Path) -> None:
+        version = ask(http_api(Artifact.open(folder)), "GET", "/v1/version").json
+        assert (version["version"], version["num_items"], version["dim"]) == (folder.name, NUM_ITEMS, DIM)
+        assert version["details"]["lineage"] == {"run": "planted"}
+        assert version["details"]["indexes"]["recommend"]["recall"]["met"] is True
+
+    def test_an_artifact_without_an_index_is_refused(self, tmp_path: Path) -> None:
+        artifact = Artifact.open(write_artifact(tmp_path, indexes=("similar",)))
+        with pytest.raises(
+            ArtifactError, match="needs a query tower and the indexes recommend and similar; indexes here: similar"
+        ):
+            http_api(artifact)
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            ({}, "setting args.artifact: Field required"),
+            ({"artifact": ""}, "setting args.artifact: String should have at least 1 character"),
+            (
+                {"artifact": "a", "maxk": 3},
+                "setting args.maxk: Extra inputs are not permitted; known are artifact, replicas",
+            ),
+            ({"artifact": "a", "max_k": "3"}, "setting args.max_k: Input should be a valid integer; got '3'"),
+            (
+                {"artifact": "a", "replicas": 0},
+                "setting args.replicas: Input should be greater than or equal to 1; got 0",
+            ),
+        ],
+    )
+    def test_wrong_arguments_of_a_config_file(self, args: dict[str, Any], message: str) -> None:
+        with pytest.raises(SettingError) as caught:
+            build(args)
+        assert str(caught.value).startswith(message)
+
+    def test_a_missing_artifact_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ArtifactError, match="there is no such artifact folder"):
+            build({"artifact": str(tmp_path / "none")})
+
+    def test_the_config_file_in_deploy_is_valid(self, folder: Path) -> None:
+        from ray.serve.schema import ServeDeploySchema
+
+        config = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "serve.yaml").read_text())
+        schema = ServeDeploySchema.model_validate(config)
+        assert schema.applications[0].import_path == f"{build.__module__}:{build.__name__}"
+        assert schema.controller_options.runtime_env["env_vars"]["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        build({**schema.applications[0].args, "artifact": str(folder)})
+
+
+class TestAddress:
+    def test_a_port_in_use_names_the_setting(self, folder: Path) -> None:
+        import ray
+
+        with socket.socket() as busy:
+            busy.bind(("127.0.0.1", 0))
+            busy.listen()
+            port = busy.getsockname()[1]
+            with pytest.raises(SettingError, match=rf"^setting serve.port: {port} is in use on 127.0.0.1") as caught:
+                check_port("127.0.0.1", port)
+            assert caught.value.path == "serve.port"
+            was_running = ray.is_initialized()
+            with pytest.raises(SettingError, match="is in use"):
+                serve_artifact(folder, port=port)
+            assert ray.is_initialized() == was_running
+
+    def test_a_free_port_is_fine(self) -> None:
+        check_port("127.0.0.1", free_port())
+
+    @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.77"])
+    def test_a_host_that_is_not_ours_names_the_setting(self, host: str) -> None:
+        with pytest.raises(SettingError, match=rf"^setting serve.host: '?{host}"):
+            check_port(host, 8000)
+
+
+class TestHighThroughput:
+    def test_connections_stay_below_the_limit_on_open_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(app.resource, "getrlimit", lambda _: (1024, 6000))
+        environment = high_throughput_environment(local=True)
+        assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        assert environment["RAY_SERVE_HAPROXY_MAXCONN"] == "2000"
+        assert environment["RAY_SERVE_HAPROXY_STATS_PORT"] != environment["RAY_SERVE_HAPROXY_METRICS_PORT"]
+        assert "RAY_SERVE_HAPROXY_STATS_PORT" not in high_throughput_environment(local=False)
+
+    def test_what_is_set_already_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RAY_SERVE_HAPROXY_MAXCONN", "77")
+        assert high_throughput_environment(local=True)["RAY_SERVE_HAPROXY_MAXCONN"] == "77"
+
+    def test_without_haproxy_the_python_proxy_serves(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", str(tmp_path / "none"))
+        with caplog.at_level(logging.WARNING):
+            assert high_throughput_environment(local=True) == {}
+        assert "HAProxy is not available here" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_wait_ends_with_a_signal_and_gives_the_handlers_back(number: signal.Signals) -> None:
+    former = signal.getsignal(number)
+
+    def press() -> None:
+        while signal.getsignal(number) is former:
+            pass
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=press, daemon=True)
+    thread.start()
+    Service("127.0.0.1", 1).wait()
+    thread.join(10)
+    assert signal.getsignal(number) is former
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path) -> Iterator[Service]:
+    import ray
+
+    already = ray.is_initialized()
+    limits = Limits(max_k=20, max_body_bytes=100_000)
+    with serve_artifact(folder.parent, port=free_port(), threads=1, limits=limits) as running:
+        yield running
+    assert ray.is_initialized() == already
+    with pytest.raises(ConnectionRefusedError):
+        request(running, "GET", "/v1/health")
+
+
+def request(service: Service, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection(service.address.removeprefix("http://"), timeout=30)
+    try:
+        connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body), headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+class TestService:
+    """One real service on a local Ray, through HAProxy."""
+
+    def test_similar(self, service: Service, folder: Path) -> None:
+        status, answer = request(service, "GET", "/v1/similar?key=item-2&k=7")
+        assert (status, answer["version"]) == (200, folder.name)
+        assert {group_of(key) for key in keys_of(answer)} == {2}
+        assert "item-2" not in keys_of(answer)
+
+    def test_search_and_recommend_in_batches(self, service: Service) -> None:
+        vectors = np.eye(GROUPS, DIM).tolist()
+        status, answer = request(service, "POST", "/v1/search", {"vectors": vectors, "k": 4})
+        assert status == 200
+        assert [{group_of(key) for key in keys_of(result)} for result in answer["results"]] == [
+            {g} for g in range(GROUPS)
+        ]
+        body = {"sessions": [["item-1"], [], ["nope"]], "users": [None, 103, 99], "k": 5}
+        results = request(service, "POST", "/v1/recommend", body)[1]["results"]
+        assert [{group_of(key) for key in keys_of(result)} for result in results[:2]] == [{1}, {3}]
+        assert keys_of(results[2]) == KEYS[:5]
+        assert [result["cold_start"] for result in results] == [False, False, True]
+        assert [result["unknown_user"] for result in results] == [False, False, True]
+
+    def test_mistakes(self, service: Service) -> None:
+        status, answer = request(service, "GET", "/v1/similar?key=nope")
+        assert (status, answer["error"]["code"]) == (404, "key_not_found")
+        status, answer = request(service, "GET", "/nowhere")
+        assert (status, answer["error"]["code"]) == (404, "not_found")
+        status, answer = request(service, "DELETE", "/v1/similar")
+        assert (status, answer["error"]["code"]) == (405, "method_not_allowed")
+        status, answer = request(service, "GET", "/v1/similar?key=item-1&k=21")
+        assert (status, answer["error"]["message"]) == (400, "`k` must be an integer in [1, 20]; got '21'")
+        status, answer = request(service, "POST", "/v1/similar", b"{" + b" " * 200_000)
+        assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+    def test_health_and_docs(self, service: Service, folder: Path) -> None:
+        assert request(service, "GET", "/v1/health") == (200, {"status": "ok", "version": folder.name})
+        assert request(service, "GET", "/openapi.json")[1]["info"]["version"] == folder.name
+
+    def test_a_second_application_beside_it(self, service: Service, folder: Path) -> None:
+        """As a Serve config file would deploy it, under a route prefix."""
+        from ray import serve
+
+        serve.run(build({"artifact": str(folder), "max_k": 3}), name="second", route_prefix="/second")
+        status, answer = request(service, "GET", "/v1/similar?key=item-1&k=4")
+        assert (status, len(answer["items"])) == (200, 4)
+        give_up = time.monotonic() + 30  # HAProxy learns of the new route a moment after Serve reports it
+        while (reply := request(service, "GET", "/second/v1/similar?key=item-1&k=4"))[0] == 404:
+            assert time.monotonic() < give_up
+        assert reply == (
+            400,
+            {"error": {"code": "invalid_request", "message": "`k` must be an integer in [1, 3]; got '4'"}},
+        )

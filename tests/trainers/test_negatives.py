@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainers.negatives import UnigramSampler, keep_probability, log_frequency, unigram_probability
+
+COUNTS = np.array([1000, 0, 300, 100, 30, 10, 3, 1, 0])
+
+
+def implied(sampler: UnigramSampler) -> np.ndarray:
+    """The probability that the alias tables give every row."""
+    accept, alias = sampler._accept, sampler._alias
+    assert ((accept >= 0) & (accept <= 1 + 1e-9)).all()
+    return (accept + np.bincount(alias, weights=1 - accept, minlength=len(accept))) / len(accept)
+
+
+@settings(deadline=None, derandomize=True)
+@given(counts=st.lists(st.integers(0, 10**9), min_size=1, max_size=60), exponent=st.sampled_from([-1.0, 0.0, 0.5, 1.0]))
+def test_the_alias_tables_hold_the_unigram_distribution(counts: list[int], exponent: float) -> None:
+    sampler = UnigramSampler(np.array(counts), exponent)
+    np.testing.assert_allclose(implied(sampler), sampler.probability, atol=1e-12)
+
+
+@pytest.mark.parametrize("exponent", [-0.5, 0.0, 0.75, 1.0])
+def test_rows_are_drawn_by_count_to_the_exponent(exponent: float) -> None:
+    weight = np.array([float(count) ** exponent if count else 0.0 for count in COUNTS])
+    wanted = weight / weight.sum()
+    num = 400_000
+    share = np.bincount(UnigramSampler(COUNTS, exponent).draw(num, seed=5), minlength=len(COUNTS)) / num
+    assert not share[COUNTS == 0].any()
+    assert (np.abs(share - wanted) <= 5 * np.sqrt(wanted * (1 - wanted) / num)).all()
+
+
+def test_rows_that_never_occur_are_drawn_only_if_none_does() -> None:
+    assert unigram_probability(np.zeros(4, np.int64), 0.75).tolist() == [0.25] * 4
+    drawn = UnigramSampler(np.zeros(4, np.int64), 0.75).draw(1000, 0)
+    assert set(drawn.tolist()) == {0, 1, 2, 3}
+
+
+def test_a_draw_is_a_pure_function_of_the_seed() -> None:
+    sampler = UnigramSampler(COUNTS, 0.5)
+    first = sampler.draw(1000, 7)
+    assert first.dtype == np.int64
+    sampler.draw(10, 8)
+    assert np.array_equal(UnigramSampler(COUNTS, 0.5).draw(1000, 7), first)
+    assert np.array_equal(sampler.draw(10, 7), first[:10])
+    assert not np.array_equal(sampler.draw(1000, 8), first)
+    assert len(sampler.draw(0, 7)) == 0
+
+
+def test_draws_of_neighbouring_seeds_are_not_related() -> None:
+    sampler = UnigramSampler(np.ones(64, np.int64), 1.0)
+    first, second = sampler.draw(20_000, 1), sampler.draw(20_000, 2)
+    for shift in (0, 1, 2):
+        same = (first[shift:] == second[: len(second) - shift]).mean()
+        assert same == pytest.approx(1 / 64, abs=5 * np.sqrt(1 / 64 / 20_000))
+
+
+def test_log_frequency_is_the_log_of_the_share() -> None:
+    found = log_frequency(np.array([6, 0, 4]))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.log([0.6, 0.05, 0.4]), rtol=1e-6)
+    assert np.isfinite(log_frequency(np.zeros(3, np.int64))).all()
+
+
+def test_keep_probability_is_word2vecs() -> None:
+    counts = np.array([9000, 990, 10, 0])
+    found = keep_probability(counts, 1e-2)
+    for count, keep in zip(counts[:3], found, strict=False):
+        share = count / counts.sum()
+        assert keep == pytest.approx(min(1.0, (np.sqrt(share / 1e-2) + 1) * 1e-2 / share), rel=1e-6)  # word2vec.c
+    assert found.dtype == np.float32
+    assert found[2:].tolist() == [1.0, 1.0]
+    assert keep_probability(counts, 0.0).tolist() == [1.0] * 4
