@@ -136,7 +136,7 @@ def _add_serving(add: Add) -> None:
     sub = add("demo", "the whole path on this machine's Python library: train, evaluate, publish, serve, ask")
     sub.add_argument("--site-packages", action="store_true", help="take all installed packages: a larger vocabulary")
     sub.add_argument("--folder", default="runs/demo", help="where runs are kept (default runs/demo)")
-    sub.add_argument("--port", type=int, default=8000, help="port of the service (default 8000)")
+    sub.add_argument("--port", type=int, help="port of the service (default 8000, or a free one)")
 
 
 def _add_set(sub: argparse.ArgumentParser) -> None:

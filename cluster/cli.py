@@ -90,12 +90,13 @@ def _sessions(args: Arguments) -> int:
 def _train(args: Arguments) -> int:
     from cluster.config import load_config
     from cluster.console import duration, watching
-    from trainers.loop import train
 
     overrides = list(args.set)
     if args.workers is not None:
         overrides.append(f"cluster.workers={args.workers}")
     config = load_config(args.config, overrides)
+    from trainers.loop import train  # heavy: a mistake in the config shows before
+
     with watching(every_seconds=config.train.report_seconds) as listener:
         result = train(config, fresh=args.fresh, on_event=listener)
     if args.json:
@@ -112,13 +113,15 @@ def _export(args: Arguments) -> int:
     if args.to:
         return _interchange(args)
     from cluster.console import watching
+
+    run = _run_folder(args.run)
     from trainers.export import export_run
 
     overrides = list(args.set)
     overrides += [f"export.precision={args.precision}"] if args.precision else []
     overrides += [f"export.index={args.index}"] if args.index else []
     with watching(every_seconds=0.0) as listener:
-        path = export_run(_run_folder(args.run), out=args.out, which=args.which, overrides=overrides, on_event=listener)
+        path = export_run(run, out=args.out, which=args.which, overrides=overrides, on_event=listener)
     print(path)
     print(f"next: lexshard serve {args.out or args.run}", file=sys.stderr)
     return 0
@@ -127,16 +130,17 @@ def _export(args: Arguments) -> int:
 def _interchange(args: Arguments) -> int:
     if not args.out:
         raise SettingError("--out", f"is needed with --to {args.to}: the file to write")
-    from embedding_service import interchange
+    folder = _artifact_folder(args.run)
     from embedding_service.artifact import Artifact
+    from embedding_service.interchange import write_parquet, write_word2vec
 
-    artifact = Artifact.open(_artifact_folder(args.run))
-    write = {
-        "word2vec": interchange.write_word2vec_text,
-        "word2vec-binary": interchange.write_word2vec_binary,
-        "parquet": interchange.write_parquet,
-    }[args.to]
-    write(artifact, args.vectors, args.out)
+    artifact = Artifact.open(folder)
+    vectors = artifact.vectors(args.vectors)
+    keys = artifact.keys(artifact.manifest["vectors"][args.vectors]["keys"])
+    if args.to == "parquet":
+        write_parquet(args.out, keys, vectors)
+    else:
+        write_word2vec(args.out, keys, vectors, binary=args.to == "word2vec-binary")
     print(args.out)
     return 0
 
@@ -158,17 +162,21 @@ def _evaluate(args: Arguments) -> int:
 
 def _serve(args: Arguments) -> int:
     from cluster.config import load_config
-    from embedding_service.app import serve_artifact
-    from embedding_service.http_schema import Limits
 
     overrides = [f"serve.{name}={value}" for name in ("host", "port", "replicas") if (value := getattr(args, name))]
     folder = _artifact_folder(args.path)
     run_config = Path(args.path) / "config.toml"
     settings = load_config(run_config if run_config.exists() else None, [*args.set, *overrides]).serve
+    from embedding_service.app import serve_artifact
+    from embedding_service.http_schema import Limits
+
     limits = Limits(max_k=settings.max_k, max_batch=settings.max_batch, max_body_bytes=settings.max_body_bytes)
     service = serve_artifact(folder, host=settings.host, port=settings.port, replicas=settings.replicas, limits=limits)
     with service:
-        print(f"serving {args.path} at {service.address} (documentation: {service.address}/docs); Ctrl-C stops")
+        print(
+            f"serving {args.path} at {service.address} (documentation: {service.address}/docs); Ctrl-C stops",
+            flush=True,
+        )
         service.wait()
     return 0
 
@@ -187,28 +195,46 @@ def _query(args: Arguments) -> int:
 
 
 def _ask_service(args: Arguments) -> dict[str, Any]:
-    from urllib.error import HTTPError, URLError
     from urllib.parse import urlencode
-    from urllib.request import urlopen
 
     question = {"similar": [("key", key) for key in args.keys], "recommend": [("items", key) for key in args.keys]}
     user = [("user", args.user)] if args.user else []
-    url = f"{args.where.rstrip('/')}/v1/{args.kind}?{urlencode([*question[args.kind], ('k', str(args.k)), *user])}"
+    query = urlencode([*question[args.kind], ("k", str(args.k)), *user])
+    answer: dict[str, Any] = json.loads(_get(f"{args.where.rstrip('/')}/v1/{args.kind}?{query}"))
+    return answer
+
+
+def _get(url: str) -> bytes:
+    """The body of a JSON answer. Raises LexshardError with the service's reason."""
+    from urllib.error import HTTPError, URLError
+    from urllib.request import urlopen
+
+    service = url.split("/v1/")[0]
     try:
         with urlopen(url, timeout=60) as response:
-            answer: dict[str, Any] = json.load(response)
-            return answer
+            body: bytes = response.read()
+        json.loads(body)
     except HTTPError as error:
-        raise LexshardError(f"{args.where} answered {error.code}: {error.read().decode(errors='replace')}") from None
+        raise LexshardError(f"{service} answered {error.code}: {_reason_in(error.read())}") from None
     except (URLError, TimeoutError, ValueError) as error:
-        raise LexshardError(f"{args.where} does not answer as a lexshard service: {error}") from None
+        raise LexshardError(f"{service} does not answer as a lexshard service: {error}") from None
+    return body
+
+
+def _reason_in(body: bytes) -> str:
+    """The message of an error answer; all of it where it is none of ours."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:500]
 
 
 def _ask_artifact(args: Arguments) -> dict[str, Any]:
+    folder = _artifact_folder(args.where)
     from embedding_service.artifact import Artifact
     from embedding_service.retrieval import Retriever
 
-    artifact = Artifact.open(_artifact_folder(args.where))
+    artifact = Artifact.open(folder)
     retriever = Retriever(artifact)
     keys = [_typed(key, artifact.keys("item").key_type) for key in args.keys]
     if args.kind == "similar":
@@ -250,10 +276,38 @@ def _submit(args: Arguments) -> int:
 
 
 def _demo(args: Arguments) -> int:
-    from trainers.demo import run_demo
+    from cluster.console import table, watching
+    from embedding_service.app import serve_artifact
+    from trainers.demo import METRICS, run_demo
 
-    run_demo(folder=args.folder, site_packages=args.site_packages, port=args.port)
+    with watching(every_seconds=10.0) as listener:
+        demo = run_demo(args.folder, site_packages=args.site_packages, on_event=listener)
+    print(table(("model", "search", *METRICS, "seconds"), demo.table), end="\n\n")
+    for question, answers in demo.examples:
+        print(f"{question}\n    {'  '.join(answers)}")
+    with serve_artifact(demo.served, port=args.port or _free_port(8000)) as service:
+        url = f"{service.address}{demo.question}"
+        print(f"\ncurl '{url}'\n{_get(url).decode()}\n\ndocumentation: {service.address}/docs")
+        if sys.stdout.isatty():
+            print("the service stays up until Ctrl-C")
+            service.wait()
+    if not sys.stdout.isatty():
+        print(json.dumps(demo.figures))
     return 0
+
+
+def _free_port(preferred: int) -> int:
+    """`preferred` if nothing listens there on this machine, else a port that is free."""
+    import socket
+
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise LexshardError("no port is free on 127.0.0.1")
 
 
 # ---------------------------------------------------------------- folders

@@ -241,7 +241,7 @@ def _reason(error: ray.train.TrainingFailedError) -> str:
             return f"worker {rank} died (killed, out of memory, or crashed)"
     for rank, failure in sorted(failures.items()):
         return f"worker {rank} failed: {type(failure).__name__}: {_first_line(failure)}"
-    cause = getattr(error, "controller_failure", error)
+    cause: BaseException = getattr(error, "controller_failure", error)
     return "a worker died (killed, out of memory, or crashed)" if isinstance(cause, RayError) else _first_line(cause)
 
 

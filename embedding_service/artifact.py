@@ -36,11 +36,12 @@ from cluster.errors import ArtifactError
 from cluster.storage import checksum, publish_folder, remove_folder, sync_folder, write_atomic, write_json
 from embedding_service import manifest as schema
 from embedding_service.exact import Metric
-from embedding_service.index import VectorIndex, tuned_index
+from embedding_service.index import VectorIndex
 from embedding_service.keys import Vocabulary
 from embedding_service.manifest import Manifest, parse_manifest, tower_spec
 from embedding_service.quantize import Precision
 from embedding_service.towers import Tower, TowerSpec
+from embedding_service.tuning import tuned_index
 from embedding_service.vectors import VectorSet, VectorSink
 
 MANIFEST = "manifest.json"
@@ -220,7 +221,7 @@ class ArtifactWriter:
     ) -> dict[str, Any]:
         """Build, tune and write the index `name` over the vector set `vectors` as stored; returns its manifest record.
 
-        Only rows of keys are candidates, never the unknown row. See `embedding_service.index.tuned_index`.
+        Only rows of keys are candidates, never the unknown row. See `embedding_service.tuning.tuned_index`.
         """
         self._check_new("index", self._indexes, name)
         if vectors not in self._sinks:

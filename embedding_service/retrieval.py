@@ -247,8 +247,10 @@ class QueryEncoder:
         blocks = {name: _pooled(self._vectors[rows.vectors], rows) for name, rows in looked_up.items()}
         if self._tower is not None:
             with torch.inference_mode():
-                return self._tower({name: torch.from_numpy(b).double() for name, b in blocks.items()}).float().numpy()
-        out: Float32 = np.sum(list(blocks.values()), axis=0)
+                encoded = self._tower({name: torch.from_numpy(block).double() for name, block in blocks.items()})
+            out: Float32 = encoded.float().numpy()
+            return out
+        out = np.sum(list(blocks.values()), axis=0)
         return unit_length(out) if self.spec.normalize else out
 
     def _known_sources(self) -> str:

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ def run_on_ranks(world_size: int, fn: Callable[..., Any], *args: Any, pin: bool 
     core of its own. Raises torch's ProcessRaisedException with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank_main, (world_size, folder, pin, fn, args), nprocs=world_size)
+        try:
+            mp.spawn(_rank_main, (world_size, folder, pin, fn, args), nprocs=world_size)
+        finally:  # Python's helper process for spawned ones would stay until this process ends
+            resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
         return [torch.load(_result_path(folder, rank)) for rank in range(world_size)]
 
 

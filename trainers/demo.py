@@ -33,8 +33,8 @@ _SESSIONS = (
 
 _MODELS: dict[str, dict[str, Any]] = {
     "item2vec": {
-        "model": {"kind": "item2vec", "window": 5, "negatives": 10, "negative_exponent": 0.5, "history_decay": 0.7},
-        "train": {"epochs": 20, "learning_rate": 0.05, "batch_size": 20_000},
+        "model": {"kind": "item2vec", "window": 3, "negatives": 10, "negative_exponent": 0.25, "history_decay": 0.7},
+        "train": {"epochs": 40, "learning_rate": 0.1, "batch_size": 20_000},
     },
     "two_tower": {
         "model": {"kind": "two_tower", "query": ["history"], "history_decay": 0.7, "share_items": False},
@@ -67,8 +67,9 @@ def demo_config(folder: Path, kind: str, *, site_packages: bool) -> Config:
                 "holdout": "sessions",
                 "holdout_fraction": 0.05,
             },
+            "keys": {"min_count": 2},
             "model": {"dim": 64, **tree["model"]},
-            "train": {"validate_every": 5, **tree["train"], "epochs": max(2, epochs // 4) if site_packages else epochs},
+            "train": {"validate_every": 10, **tree["train"], "epochs": max(2, epochs // 4) if site_packages else epochs},
         }
     )
 

@@ -41,7 +41,8 @@ def log_frequency(counts: np.ndarray) -> np.ndarray:
     Rows that never occur get the log of half an event, so that the correction stays finite (Yi et al. 2019, section 4).
     """
     total = max(1, int(counts.sum()))
-    return np.log(np.maximum(counts, 0.5) / total).astype(np.float32)
+    logs: np.ndarray = np.log(np.maximum(counts, 0.5) / total)
+    return logs.astype(np.float32)
 
 
 def keep_probability(counts: np.ndarray, threshold: float) -> np.ndarray:
@@ -52,7 +53,8 @@ def keep_probability(counts: np.ndarray, threshold: float) -> np.ndarray:
     if threshold <= 0.0:
         return np.ones(len(counts), np.float32)
     share = np.maximum(counts, 1) / max(1, counts.sum())
-    return np.minimum(1.0, np.sqrt(threshold / share) + threshold / share).astype(np.float32)
+    kept: np.ndarray = np.minimum(1.0, np.sqrt(threshold / share) + threshold / share)
+    return kept.astype(np.float32)
 
 
 @numba.njit("Tuple((float64[::1], int64[::1]))(float64[::1])", nogil=True, cache=True)

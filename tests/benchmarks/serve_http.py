@@ -103,8 +103,9 @@ def build_artifact(root: Path, num_items: int) -> Artifact:
         sink = writer.add_vectors(name, rows=num_items, dim=DIM, keys="item", precision="fp16")
         sink.write(0, vectors)
     writer.set_query_tower(spec, {})
-    for name, source, metric in (("recommend", "item", "ip"), ("similar", "input", "cosine")):
-        writer.add_index(name, vectors=source, metric=metric, factory="HNSW32", recall_target=0.95, recall_k=K)
+    options: dict[str, Any] = {"factory": "HNSW32", "recall_target": 0.95, "recall_k": K}
+    writer.add_index("recommend", vectors="item", metric="ip", **options)
+    writer.add_index("similar", vectors="input", metric="cosine", **options)
     return Artifact.open(writer.publish(lineage={}, figures={}))
 
 
@@ -121,7 +122,8 @@ def deploy_bare(threads: int) -> None:
 
     options = deployment_options(threads=threads)
     options["ray_actor_options"]["num_cpus"] = 0
-    serve.run(serve.deployment(Bare, **options).bind(), name="bare", route_prefix="/bare")
+    deployment: Any = serve.deployment(**options)
+    serve.run(deployment(Bare).bind(), name="bare", route_prefix="/bare")
 
 
 def measure_singles(service: Service, artifact: Artifact, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:

@@ -48,8 +48,9 @@ def publish(
 ) -> Path:
     """An item2vec-like artifact: sets `item`, `input`, `user` and `shop`, indexes `recommend` (ip), `similar` (cosine).
 
-    Items i and j look alike and follow each other if i % 20 == j % 20; user u and shop s ask for cluster u % 20, s % 20.
-    With `same`, all item vectors are equal: nothing but ties.
+    Items i and j look alike and follow each other if i % 20 == j % 20; user u and shop s ask for cluster u % 20 and
+    s % 20.
+    With `same`, all item vectors are equal: nothing but ties. `recommend` is tuned on means of random items.
     """
     items = vocabulary(list(range(10, 10 + num_items)) if integer_keys else [f"i{i:04d}" for i in range(num_items)])
     items = Vocabulary(items.keys, items.counts, unknown=unknown)
@@ -73,6 +74,8 @@ def publish(
         tower = Tower(spec if spec is not None else TowerSpec((HISTORY,), DIM))
         writer.set_query_tower(tower.spec, tower.state_dict())
         target: dict[str, Any] = {"factory": factory, "recall_target": 0.95, "recall_k": 10}
-        writer.add_index("recommend", vectors="item", metric="ip", **target)
+        chosen = np.random.default_rng(4).integers(0, num_items, (200, 6))
+        queries = np.stack([sets["input"][0][line[: 1 + i % 6]].mean(axis=0) for i, line in enumerate(chosen)])
+        writer.add_index("recommend", vectors="item", metric="ip", queries=queries, **target)
         writer.add_index("similar", vectors="input", metric="cosine", **target)
         return writer.publish(lineage={"run": "test"}, figures={"recall@20": 0.5})

@@ -1,0 +1,292 @@
+"""One contract for every kind of index, tuning to a recall target, and refusals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from cluster.errors import ArtifactError, SettingError
+from embedding_service import index as index_module
+from embedding_service import tuning
+from embedding_service.exact import ArrayVectors, Metric, exact_search
+from embedding_service.index import VectorIndex, auto_factory
+from embedding_service.tuning import tuned_index
+from tests.embedding_service.artifacts import clustered
+
+ROWS, DIM = 2500, 16
+KINDS = ["Flat", "HNSW16", "HNSW16,SQ8", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ8x4,RFlat", "RR16,IVF16,SQ8", "SQ8"]
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    """Clusters with a common direction and lengths that differ: what a plain graph under inner product is bad at."""
+    lengths = np.random.default_rng(3).lognormal(0, 0.4, (ROWS, 1))
+    return np.asarray((clustered(ROWS, DIM, clusters=40, seed=0) + 1.0) * lengths, np.float32)
+
+
+@pytest.fixture(scope="module")
+def queries() -> np.ndarray:
+    return clustered(60, DIM, clusters=40, seed=0) + np.float32(0.3)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine"])
+def test_every_kind_meets_the_contract(
+    kind: str, metric: Metric, vectors: np.ndarray, queries: np.ndarray, tmp_path: Path
+) -> None:
+    index, record = tuned_index(
+        vectors, metric=metric, factory=kind, recall_target=0.95, recall_k=10, queries=queries, threads=1
+    )
+    assert (index.rows, index.dim, index.metric, index.factory) == (ROWS, DIM, metric, kind)
+    recall = record["recall"]
+    assert recall["met"] == (recall["value"] >= 0.95)
+    assert recall["value"] >= 0.95
+    assert (recall["k"], recall["queries"], recall["num_queries"]) == (10, "given", 60)
+    assert record["build_seconds"] > 0
+
+    scores, rows = index.search(queries, 10)
+    assert scores.dtype == np.float32
+    assert rows.dtype == np.int64
+    assert scores.shape == rows.shape == (60, 10)
+    assert (np.diff(scores, axis=1) <= 1e-5).all()
+    truth, _ = exact_search(queries, vectors, ROWS, metric=metric)
+    assert all(len(set(line)) == 10 for line in rows.tolist())
+
+    # the recorded recall is the measured one: (rows whose exact score is among the best 10) / 10
+    exact, _ = exact_search(queries, vectors, 10, metric=metric)
+    every = np.asarray(_all_scores(queries, vectors, metric))
+    hits = np.take_along_axis(every, rows, 1) >= exact[:, -1:] - 1e-6
+    assert hits.mean() == pytest.approx(recall["value"], abs=0.002)
+    # scores are the metric's, up to quantisation
+    error = np.abs(scores - np.take_along_axis(every, rows, 1))
+    assert error.max() <= 0.02 * np.abs(truth).max()
+
+    index.save(tmp_path / "x.faiss")
+    loaded = VectorIndex.load(tmp_path / "x.faiss", threads=1)
+    again_scores, again_rows = loaded.search(queries, 10)
+    np.testing.assert_array_equal(again_rows, rows)
+    np.testing.assert_array_equal(again_scores, scores)
+    assert (loaded.parameters, loaded.arrangement) == (index.parameters, index.arrangement)
+    assert {file.name for file in tmp_path.iterdir()} == {"x.faiss", "x.faiss.json"}
+
+
+def _all_scores(queries: np.ndarray, vectors: np.ndarray, metric: Metric) -> np.ndarray:
+    q, x = queries.astype(np.float64), vectors.astype(np.float64)
+    if metric == "cosine":
+        q, x = q / np.linalg.norm(q, axis=1, keepdims=True), x / np.linalg.norm(x, axis=1, keepdims=True)
+    return np.asarray((q @ x.T).astype(np.float32))
+
+
+@pytest.mark.parametrize("arrangement", ["plain", "centred", "augmented"])
+def test_every_arrangement_gives_inner_products(
+    arrangement: index_module.Arrangement, vectors: np.ndarray, queries: np.ndarray
+) -> None:
+    index = VectorIndex.build(vectors, metric="ip", factory="HNSW16", arrangement=arrangement, threads=1)
+    index.set_parameters({"efSearch": 2500})
+    scores, rows = index.search(queries, 5)
+    np.testing.assert_allclose(
+        scores, np.take_along_axis(_all_scores(queries, vectors, "ip"), rows, 1), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_graph_over_unequal_lengths_needs_its_arrangement(vectors: np.ndarray, queries: np.ndarray) -> None:
+    """Planted: a large common direction. The plain graph loses itself in the longest vectors, the centred does not."""
+    shifted = vectors + np.float32(20.0)
+    recall = {}
+    for arrangement in ("plain", "centred"):
+        index = VectorIndex.build(shifted, metric="ip", factory="HNSW8", arrangement=arrangement, threads=1)
+        index.set_parameters({"efSearch": 32})
+        found, (_, true) = index.search(queries, 10)[1], exact_search(queries, shifted, 10)
+        recall[arrangement] = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, true, strict=True)])
+    assert recall["centred"] > recall["plain"] + 0.1
+
+
+def test_the_other_arrangement_is_taken_where_it_is_cheaper(
+    vectors: np.ndarray, queries: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def tune(index: VectorIndex, test: object, target: float) -> float:
+        asked.append(index.arrangement)
+        index.set_parameters({"efSearch": {"centred": 1024, "augmented": 64}[index.arrangement]})
+        return 0.97
+
+    monkeypatch.setattr(tuning, "_tune", tune)
+    options = {"factory": "HNSW8", "recall_target": 0.95, "recall_k": 10, "threads": 1}
+    index, _ = tuned_index(vectors[:500], metric="ip", queries=queries, **options)  # type: ignore[arg-type]
+    assert asked == ["centred", "augmented"]
+    assert index.arrangement == "augmented"
+
+
+def test_stored_vectors_are_the_queries_where_none_are_given(vectors: np.ndarray) -> None:
+    index, record = tuned_index(vectors, metric="cosine", factory="Flat", recall_target=0.9, recall_k=5, threads=1)
+    assert record["recall"] == {
+        "value": 1.0, "k": 5, "target": 0.9, "met": True, "queries": "stored", "num_queries": 1000
+    }  # fmt: skip
+    assert index.parameters == {}
+
+
+def test_a_target_out_of_reach_is_recorded_and_warned_of(
+    vectors: np.ndarray, queries: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="embedding_service.tuning"):
+        _, record = tuned_index(
+            vectors, metric="ip", factory="PQ2x4", recall_target=0.99, recall_k=10, queries=queries, threads=1
+        )
+    assert not record["recall"]["met"]
+    assert record["recall"]["value"] < 0.9
+    assert "not the target 0.99" in caplog.text
+
+
+def test_tuning_takes_the_smallest_doubling_that_suffices(vectors: np.ndarray, queries: np.ndarray) -> None:
+    options = {"metric": "ip", "factory": "IVF16,Flat", "recall_k": 10, "queries": queries, "threads": 1}
+    found = {}
+    for target in (0.3, 0.9, 1.0):
+        index, record = tuned_index(vectors, recall_target=target, **options)  # type: ignore[arg-type]
+        found[target] = (index.parameters["nprobe"], record["recall"]["value"])
+    assert all(recall >= target for target, (_, recall) in found.items())
+    assert found[0.3][0] <= found[0.9][0] <= found[1.0][0] <= 16
+    index.set_parameters({"nprobe": found[0.9][0] // 2 or 1})
+    assert found[0.9][0] == 1 or _recall(index, vectors, queries) < 0.9
+
+
+def _recall(index: VectorIndex, vectors: np.ndarray, queries: np.ndarray) -> float:
+    found, (_, true) = index.search(queries, 10)[1], exact_search(queries, vectors, 10)
+    return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, true, strict=True)]))
+
+
+def test_ties_count_as_found(queries: np.ndarray) -> None:
+    """All vectors equal: whichever rows an index returns, they are as good as exact search's."""
+    _, record = tuned_index(
+        np.ones((200, DIM), np.float32), metric="ip", factory="Flat", recall_target=0.9, recall_k=7, queries=queries
+    )
+    assert record["recall"]["value"] == 1.0
+
+
+def test_building_reads_bounded_chunks(vectors: np.ndarray) -> None:
+    class Counting(ArrayVectors):
+        largest = 0
+
+        def take(self, rows: np.ndarray) -> np.ndarray:
+            Counting.largest = max(Counting.largest, len(rows))
+            return super().take(rows)
+
+        def chunks(self, size: int = 300):  # type: ignore[no-untyped-def]
+            return super().chunks(300)
+
+    index = VectorIndex.build(Counting(vectors), metric="ip", factory="HNSW8", threads=1)
+    assert index.rows == ROWS
+    assert Counting.largest == 0
+
+
+def test_padding_where_the_index_finds_too_few(vectors: np.ndarray) -> None:
+    index = VectorIndex.build(vectors, metric="ip", factory="IVF16,Flat", threads=1)
+    scores, rows = index.search(vectors[:3], 2000)
+    assert (rows[:, -1] == -1).all()
+    assert np.isneginf(scores[:, -1]).all()
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("Magic7", "cannot make 'Magic7' for 16 dimensions"),
+        ("", "cannot make '' for 16 dimensions"),
+        ("PQ7", "cannot make 'PQ7' for 16 dimensions"),
+        ("IVF16,PQ5", "cannot make 'IVF16,PQ5' for 16 dimensions"),
+        ("IVF4096,Flat", "wants 39 vectors for each, 159744 in all; there are 2500: take at most 64 lists"),
+        ("OPQ8,IVF16,PQ8x4", "256 centroids and wants 39 vectors for each, 9984 in all; there are 2500"),
+        ("PQ8", "256 centroids and wants 39 vectors for each, 9984 in all; there are 2500"),
+        ("HNSW16,PQ8", "for another metric"),
+        ("L2norm,Flat", "changes inner products"),
+        ("PCA12,Flat", "changes inner products"),
+        ("IDMap,Flat", "no ids"),
+    ],
+)
+def test_factories_that_cannot_be_honoured_are_refused(vectors: np.ndarray, factory: str, message: str) -> None:
+    with pytest.raises(SettingError, match=r"setting export\.index: ") as info:
+        VectorIndex.build(vectors, metric="ip", factory=factory, threads=1)
+    assert message in str(info.value)
+
+
+def test_auto_goes_by_size() -> None:
+    sizes = [100, 19_999, 20_000, 1_000_000, 5_000_000, 100_000_000]
+    assert [auto_factory(rows, 64) for rows in sizes] == [
+        "Flat", "Flat", "HNSW32", "HNSW32", "HNSW32,SQ8", "IVF131072_HNSW32,SQ8"
+    ]  # fmt: skip
+    for rows in (*sizes, 10**9):
+        created = faiss.index_factory(64, auto_factory(rows, 64), faiss.METRIC_INNER_PRODUCT)
+        assert rows >= 39 * getattr(created, "nlist", 0)
+
+
+def test_the_gpu_is_taken_where_it_can_be(vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With FAISS's GPU functions played by others: which kinds are moved, the limit on k, and the way back to a file."""
+    moved: list[str] = []
+    back: list[object] = []
+    monkeypatch.setattr(index_module, "MAX_GPU_K", 100)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "GpuParameterSpace", faiss.ParameterSpace, raising=False)
+    monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda index: back.append(index) or index, raising=False)
+
+    def to_gpu(resources: object, device: int, index: faiss.Index) -> faiss.Index:
+        moved.append(type(index).__name__)
+        return index
+
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+    for factory in ("Flat", "HNSW8", "IVF16,Flat", "IVF16,SQ8"):
+        index = VectorIndex.build(vectors, metric="ip", factory=factory, threads=1)
+        index.set_parameters({"nprobe": 16} if "IVF" in factory else {})
+        scores, rows = index.search(vectors[:2], 120)
+        limited = factory != "HNSW8"
+        assert (rows[:, 100:] == -1).all() == limited
+        assert np.isneginf(scores[:, 100:]).all() == limited
+        assert (rows[:, :100] >= 0).all()
+    assert moved == ["IndexFlat", "IndexIVFFlat", "IndexIVFScalarQuantizer"]
+    with tempfile.TemporaryDirectory() as folder:
+        index.save(Path(folder) / "x.faiss")
+    assert len(back) == 1
+
+
+def test_wrong_queries_and_parameters_are_refused(vectors: np.ndarray) -> None:
+    index = VectorIndex.build(vectors[:100], metric="ip", factory="Flat", threads=1)
+    with pytest.raises(ValueError, match=r"queries must be \[n, 16\]; got \[2, 15\]"):
+        index.search(np.zeros((2, 15), np.float32), 1)
+    with pytest.raises(ArtifactError, match="has no search parameter 'efSearch'"):
+        index.set_parameters({"efSearch": 3})
+
+
+def test_damaged_files_are_refused_by_name(vectors: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "a.faiss"
+    VectorIndex.build(vectors[:100], metric="ip", factory="HNSW8", threads=1).save(path)
+    good, settings = path.read_bytes(), json.loads((tmp_path / "a.faiss.json").read_bytes())
+
+    for damaged in (b"", b"no index", good[: len(good) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=r"a\.faiss: is not a readable FAISS index"):
+            VectorIndex.load(path)
+    path.write_bytes(good)
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"metric": "l1"}, "metric 'l1'"),
+        ({"arrangement": "plain"}, "a centre belongs to"),
+        ({"arrangement": "augmented"}, "metric is not the one"),
+        ({"centre": [0.0] * 3}, "does not have the index's dimension 8|dimension 16"),
+        ({"parameters": {"nprobe": 3}}, "no search parameter 'nprobe'"),
+        ({"parameters": [1]}, "is not an index's settings file"),
+    ]
+    for change, message in wrong:
+        (tmp_path / "a.faiss.json").write_text(json.dumps({**settings, **change}))
+        with pytest.raises(ArtifactError, match=message):
+            VectorIndex.load(path)
+    (tmp_path / "a.faiss.json").unlink()
+    with pytest.raises(ArtifactError, match=r"a\.faiss\.json: is not an index's settings file"):
+        VectorIndex.load(path)
