@@ -2,7 +2,7 @@
 
 FAISS is met in this file only, and CPU or GPU is chosen in one place, `_to_fastest_device`.
 
-Maximum inner product on a graph (HNSW, NSG) is the one case that FAISS's defaults get badly wrong when vectors differ
+Maximum inner product on a graph (HNSW) is the one case that FAISS's defaults get badly wrong when vectors differ
 in length or share a common direction, as item2vec's output vectors do. A graph is therefore built over one of:
 
     centred    x - c, c the mean of the vectors. q.x = q.(x - c) + q.c: the order is the same for every q
@@ -11,8 +11,8 @@ in length or share a common direction, as item2vec's output vectors do. A graph 
 
 recall@20 at efSearch 64 with HNSW32 on trained item2vec output vectors, plain / centred / augmented: .983 / .993 / .909
 (Diginetica sessions, 43 k), .230 / .779 / .863 (Gowalla baskets, 41 k; the augmented one alone reaches .95, at efSearch
-256). Neither wins everywhere, so `embedding_service.tuning` tries the second where the first needs a long search. The other kinds
-and cosine are as FAISS has them ("plain"): IVF over augmented vectors found next to nothing on Gowalla.
+256). Neither wins everywhere, so `embedding_service.tuning` tries the second where the first needs a long search. The
+other kinds, and cosine, are as FAISS has them ("plain"): IVF over augmented vectors found next to nothing on Gowalla.
 """
 
 from __future__ import annotations

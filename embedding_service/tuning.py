@@ -128,5 +128,5 @@ def _tune(index: VectorIndex, test: _RecallTest, target: float) -> float:
 
 
 def _stalled(measured: list[tuple[int, float]]) -> bool:
-    """Whether the last doubling brought nothing: what is missing was lost to quantisation."""
-    return len(measured) > 1 and measured[-1][1] - measured[-2][1] < 0.0005
+    """Whether the last two doublings brought nothing: what is missing was lost to quantisation."""
+    return len(measured) > 2 and measured[-1][1] - measured[-3][1] < 0.0005

@@ -68,7 +68,7 @@ def evaluate(
         if "config" not in lineage:
             raise ArtifactError(f"{path}: its manifest does not say which columns its data had (lineage.config)")
         config = config_from_dict(lineage["config"])
-        keys = {name: artifact.keys(name) for name in artifact.manifest["key_maps"]}
+        keys = {name: artifact.keys(name) for name in artifact.manifest["keys"]}
     else:
         raise CheckpointError(f"{path}: there is no such run or artifact")
     is_run = (folder / "config.toml").exists()

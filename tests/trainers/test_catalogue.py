@@ -37,7 +37,7 @@ def cases(num: int, num_items: int) -> Cases:
     random = np.random.default_rng(num)
     histories = [random.permutation(num_items)[: random.integers(0, 5)].tolist() for _ in range(num)]
     truths = [random.integers(-1, num_items, random.integers(i == 0, 4)).tolist() for i in range(num)]
-    return Cases(Ragged.from_lists(histories), Ragged.from_lists(truths), {"user": random.integers(-1, 9, num)})
+    return Cases(Ragged.from_lists(histories), Ragged.from_lists(truths), {"user": random.integers(0, 9, num)})
 
 
 def brute_force(
