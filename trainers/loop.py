@@ -32,13 +32,16 @@ def train(
 ) -> dict[str, Any]:
     """Train the run that `config` describes, from its last checkpoint if it has one. Returns the run's result.
 
-    fresh: remove the run's folder first. on_event: gets every event of the worker (see `train_worker`).
+    fresh: forget the run's checkpoints and key maps first; what it has published stays. on_event: gets every event of the worker (see `train_worker`).
     Raises LexshardError for everything that is the user's to mend.
     """
     parse_metric(config.train.metric)
     run = Path(config.run)
     if fresh:
-        remove_folder(run)
+        for name in ("checkpoints", "prepared", "tensorboard"):
+            remove_folder(run / name)
+        for name in ("metrics.jsonl", "result.json"):
+            (run / name).unlink(missing_ok=True)
     if run.exists() and not run.is_dir():
         raise SettingError("run", f"{run} is a file; name a folder")
     run.mkdir(parents=True, exist_ok=True)

@@ -193,7 +193,7 @@ def test_a_changed_learning_rate_reaches_the_kernel() -> None:
         for rate in (None, 0.25, 0.0, 2.0):
             if rate is not None:
                 tables.set_learning_rate(rate)
-            tables.lookup({"items": torch.tensor([2, 0])})["items"].sum().backward()
+            tables.lookup({"items": torch.tensor([2, 0])})["items"].sum().backward()  # type: ignore[no-untyped-call]
             weights[[0, 2]] -= 1.0 if rate is None else rate
             torch.testing.assert_close(read(tables)["items"], weights, rtol=0, atol=1e-6)
 

@@ -60,7 +60,11 @@ def test_a_file_of_cases_becomes_rows(tmp_path: Path) -> None:
 
 def test_an_unknown_row_is_never_the_truth(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    tree = {"run": str(tmp_path / "other"), "data": {"train": config.data.train}, "keys": {"unknown": "row", "min_count": 2}}
+    tree = {
+        "run": str(tmp_path / "other"),
+        "data": {"train": config.data.train},
+        "keys": {"unknown": "row", "min_count": 2},
+    }
     (tmp_path / "other").mkdir()
     other = config_from_dict(tree)
     prepare(other, open_reader(other))
@@ -134,7 +138,9 @@ def test_a_missing_column_names_the_setting(tmp_path: Path) -> None:
 
 def test_a_file_of_bad_rows_only_holds_no_cases(tmp_path: Path) -> None:
     config = config_of(tmp_path, bad_rows="skip")
-    schema = pa.schema({"history": pa.list_(pa.string()), "items": pa.list_(pa.string()), "user": pa.int64(), "city": pa.string()})
+    schema = pa.schema(
+        {"history": pa.list_(pa.string()), "items": pa.list_(pa.string()), "user": pa.int64(), "city": pa.string()}
+    )
     bad = pa.table({"history": [None], "items": [["a"]], "user": [5], "city": ["x"]}, schema=schema)
     pq.write_table(bad, tmp_path / "bad.parquet")
     with pytest.raises(DataError, match="holds no cases"):

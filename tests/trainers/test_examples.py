@@ -106,7 +106,9 @@ def test_a_repeated_item_may_be_in_the_history_of_its_other_place() -> None:
 
 def test_the_order_is_random_and_a_pure_function_of_the_numbers() -> None:
     long = [list(range(50)) for _ in range(20)]
-    first, again, other = (as_lists(pair_plan(long, kind="every_item", numbers=n)) for n in (NUMBERS, NUMBERS, (3, 1, 5)))
+    first, again, other = (
+        as_lists(pair_plan(long, kind="every_item", numbers=n)) for n in (NUMBERS, NUMBERS, (3, 1, 5))
+    )
     assert first == again
     assert first[0] != other[0]
     assert first[0] != sorted(first[0])
@@ -167,7 +169,9 @@ def test_baskets_are_shuffled_and_sessions_are_not() -> None:
     lists = [list(range(8)) for _ in range(50)]
     keep = np.ones(8, np.float32)
     ordered, baskets = (
-        TokenPlan(sessions(lists), block_items=9, ordered=flag, keep=keep, numbers=NUMBERS).batch(0, 50).items.to_lists()
+        TokenPlan(sessions(lists), block_items=9, ordered=flag, keep=keep, numbers=NUMBERS)
+        .batch(0, 50)
+        .items.to_lists()
         for flag in (True, False)
     )
     assert ordered == lists

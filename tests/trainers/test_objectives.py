@@ -18,7 +18,9 @@ def random_batch(n: int, dim: int = 5, dtype: torch.dtype = torch.float64) -> tu
     return query, candidate, torch.rand(n, generator=random, dtype=dtype).log()
 
 
-def textbook(query: Tensor, candidate: Tensor, log_q: Tensor, hits: tuple[Tensor, Tensor], temperature: float) -> Tensor:
+def textbook(
+    query: Tensor, candidate: Tensor, log_q: Tensor, hits: tuple[Tensor, Tensor], temperature: float
+) -> Tensor:
     logits = query @ candidate.T / temperature - log_q
     mask = torch.zeros_like(logits, dtype=torch.bool)
     mask[hits] = True

@@ -130,7 +130,11 @@ def test_item_features_are_rows_by_item(tmp_path: Path) -> None:
     found = prepared_by(config_of(tmp_path, data={"item_features": str(tmp_path / "side.parquet")}))
     for name in ("brand", "size"):
         keys, rows = found.keys[f"item_{name}"], found.item_features[name]
-        wanted = {"a": {"brand": "q", "size": 3}, "b": {"brand": "p", "size": 3}, "c": {"size": 4}}
+        wanted: dict[str, dict[str, Any]] = {
+            "a": {"brand": "q", "size": 3},
+            "b": {"brand": "p", "size": 3},
+            "c": {"size": 4},
+        }
         values = [keys.keys[row].as_py() if row >= 0 else None for row in rows.tolist()]
         assert values == [wanted.get(item, {}).get(name) for item in "abcd"]
         assert rows.dtype == np.int64

@@ -38,7 +38,14 @@ class Generator:
 
 
 def slow_block(
-    source: np.ndarray, target: np.ndarray, negatives: np.ndarray, *, window: int, num_negatives: int, rate: float, seed: int
+    source: np.ndarray,
+    target: np.ndarray,
+    negatives: np.ndarray,
+    *,
+    window: int,
+    num_negatives: int,
+    rate: float,
+    seed: int,
 ) -> tuple[float, int]:
     """The docstring's formula, one number at a time, with the sigmoid itself."""
     random = Generator(seed * 1_000_003)
@@ -94,7 +101,7 @@ def test_the_first_update_is_the_gradient_of_the_objective() -> None:
     rate, num_negatives = 1e-4, 3
     before = tables(1)
     after = [table.copy() for table in before]
-    run(*after, negatives=np.array([8]), num_negatives=num_negatives, learning_rate=rate)
+    run(after[0], after[1], negatives=np.array([8]), num_negatives=num_negatives, learning_rate=rate)
     source, target = (torch.from_numpy(table).double().requires_grad_() for table in before)
     positives = [
         (context, item)
@@ -105,7 +112,7 @@ def test_the_first_update_is_the_gradient_of_the_objective() -> None:
     ]
     center, context = (torch.tensor(rows) for rows in zip(*positives, strict=True))
     negatives = target[torch.full((len(positives), num_negatives), 8)]
-    skip_gram(source[center], target[context], negatives).backward()
+    skip_gram(source[center], target[context], negatives).backward()  # type: ignore[no-untyped-call]
     for old, new, wanted in zip(before, after, (source.grad, target.grad), strict=True):
         assert wanted is not None
         gradient = (old.astype(np.float64) - new) / rate

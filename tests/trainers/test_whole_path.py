@@ -1,0 +1,210 @@
+"""Sessions in, a measured artifact out: training, export and evaluation of both models on planted groups."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.config import Config
+from cluster.errors import ArtifactError, CheckpointError, DataError, SettingError
+from embedding_service.artifact import Artifact
+from embedding_service.retrieval import Retriever
+from tests.trainers.runs import small_config, write_sessions
+from trainers.evaluate import evaluate
+from trainers.export import export_run
+from trainers.loop import train
+
+MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    "item2vec": {"model": {"kind": "item2vec"}, "train": {"epochs": 12, "learning_rate": 0.1}},
+    "two_tower": {
+        "model": {"kind": "two_tower", "query": ["user", "history"], "examples": "every_item"},
+        "data": {"user": "user"},
+        "train": {"epochs": 12, "batch_size": 256, "learning_rate": 0.1, "optimizer": "sgd"},
+    },
+    "two_tower with features and hidden layers": {
+        "model": {"kind": "two_tower", "query": ["history", "last_item"], "hidden": [16], "share_items": False},
+        "data": {"query_features": ["country"], "item_features": "side.parquet"},
+        "train": {"epochs": 12, "batch_size": 256, "learning_rate": 0.1, "dense_learning_rate": 0.01},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planted")
+    sessions = pq.read_table(write_sessions(folder / "plain.parquet"))
+    first = [items[0] for items in sessions["items"].to_pylist()]
+    country = pa.array([None if i % 17 == 0 else f"country {key // 10 % 2}" for i, key in enumerate(first)])
+    pq.write_table(sessions.append_column("country", country), folder / "train.parquet")
+    keys = np.arange(1000, 1120)
+    side = {"item": keys, "category": pa.array([f"category {key // 10}" for key in keys])}
+    pq.write_table(pa.table(side), folder / "side.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def run(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    sections = {name: dict(section) for name, section in MODELS[request.param].items()}
+    if "item_features" in sections.get("data", {}):
+        sections["data"]["item_features"] = str(data / "side.parquet")
+    sections["train"] |= {"checkpoint_seconds": 60.0, "metric": "recall@5"}
+    config = small_config(tmp_path_factory.mktemp("run") / "run", data / "train.parquet", **sections)
+    train(config, on_event=lambda event: None)
+    export_run(config.run, on_event=lambda event: None)
+    return config
+
+
+def test_planted_groups_are_learned(run: Config) -> None:
+    result = json.loads((Path(run.run) / "result.json").read_text())
+    assert result["best"]["recall@5"] > 0.7  # five of the ten items of a group remain; by chance it is .04
+
+
+def test_neighbours_are_of_the_same_group(run: Config) -> None:
+    retriever = Retriever(Artifact.open(Path(run.run) / "artifacts"))
+    keys = [1000 + 10 * group for group in range(12)]
+    found = retriever.similar(keys, 5).keys
+    right = [neighbour // 10 == key // 10 for key, row in zip(keys, found, strict=True) for neighbour in row]
+    assert np.mean(right) > 0.8
+
+
+def test_recommendations_are_of_the_same_group_and_unseen(run: Config) -> None:
+    retriever = Retriever(Artifact.open(Path(run.run) / "artifacts"))
+    sessions = [[1000 + 10 * group, 1003 + 10 * group] for group in range(12)]
+    found = retriever.recommend(sessions, 5)
+    right = [key // 10 == session[0] // 10 for session, keys in zip(sessions, found.keys, strict=True) for key in keys]
+    assert np.mean(right) > 0.8
+    assert not any(set(session) & set(keys) for session, keys in zip(sessions, found.keys, strict=True))
+
+
+def test_checkpoint_and_artifact_agree(run: Config) -> None:
+    report = evaluate(run.run, cases="valid", ks=(5, 20))
+    checkpoint, exact, index = report["results"]
+    assert report["num_cases"] > 100
+    assert checkpoint["what"].startswith("checkpoint step-")
+    assert (exact["search"], index["search"]) == ("exact", "index")
+    for metric in ("recall@5", "ndcg@20", "mrr@5", "hit_rate@20", "precision@5"):
+        assert exact[metric] == pytest.approx(checkpoint[metric], abs=0.01)  # fp16 vectors reorder near ties
+        assert index[metric] == pytest.approx(exact[metric], abs=0.05)
+
+
+def test_manifest_tells_where_it_comes_from(run: Config) -> None:
+    manifest = Artifact.open(Path(run.run) / "artifacts").manifest
+    assert manifest["lineage"]["checkpoint"].startswith("step-")
+    assert manifest["lineage"]["config"]["model"]["dim"] == 8
+    assert manifest["figures"]["validation"][-1]["epoch"] == 12
+    assert set(manifest["indexes"]) == {"recommend", "similar"}
+
+
+def test_versions_add_up(run: Config) -> None:
+    root = Path(run.run) / "artifacts"
+    before = {path.name for path in root.iterdir()}
+    version = export_run(run.run, overrides=["export.precision=int8"], on_event=lambda event: None)
+    assert version.name not in before
+    assert Artifact.open(root).version == version.name
+    assert Artifact.open(root).manifest["vectors"]["item"]["precision"] == "int8"
+
+
+def test_cases_of_a_file(run: Config, data: Path, tmp_path: Path) -> None:
+    history = [[1000, 1001, 9999], [1010]]
+    columns = {"user": [0, 1], "country": ["country 0", None], "history": history, "items": [[1002], [8888, 1011]]}
+    pq.write_table(pa.table(columns), tmp_path / "cases.parquet")
+    report = evaluate(run.run, cases=str(tmp_path / "cases.parquet"), ks=(100,))
+    for figures in report["results"]:
+        assert figures["recall@100"] <= 0.75  # key 8888 is unknown: half of the second case cannot be found
+
+
+class TestMistakes:
+    def test_evaluate_without_cases(self, run: Config) -> None:
+        with pytest.raises(SettingError, match=r"data\.test: is empty; name a file of cases with `--cases FILE`"):
+            evaluate(run.run)
+
+    def test_evaluate_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="there is no such run or artifact"):
+            evaluate(str(tmp_path / "nowhere"))
+
+    def test_export_before_training(self, tmp_path: Path, data: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"is not a run of `lexshard train`"):
+            export_run(tmp_path)
+
+    def test_train_without_data(self, tmp_path: Path) -> None:
+        with pytest.raises(SettingError, match=r"data\.train: is empty; name a file"):
+            train(small_config(tmp_path / "run", Path(), data={"train": ""}), on_event=lambda event: None)
+
+    def test_user_without_column(self, tmp_path: Path, data: Path) -> None:
+        config = small_config(tmp_path / "run", data / "train.parquet", model={"kind": "two_tower", "query": ["user"]})
+        with pytest.raises(SettingError, match=r"model\.query: asks for the user, but data\.user names no column"):
+            train(config, on_event=lambda event: None)
+
+    def test_min_count_leaves_nothing(self, tmp_path: Path, data: Path) -> None:
+        config = small_config(tmp_path / "run", data / "train.parquet", keys={"min_count": 10**6})
+        with pytest.raises(DataError, match=r"lower keys\.min_count"):
+            train(config, on_event=lambda event: None)
+
+    def test_unknown_metric(self, tmp_path: Path, data: Path) -> None:
+        config = small_config(tmp_path / "run", data / "train.parquet", train={"metric": "recal@20"})
+        with pytest.raises(SettingError, match=r"train\.metric.*did you mean recall@20"):
+            train(config, on_event=lambda event: None)
+
+    def test_damaged_artifact(self, run: Config, tmp_path: Path) -> None:
+        version = export_run(run.run, out=tmp_path / "artifacts", on_event=lambda event: None)
+        vectors = version / "vectors" / "item.npy"
+        vectors.write_bytes(vectors.read_bytes()[:-1] + b"\0\1"[-1:])
+        with pytest.raises(ArtifactError, match=r"item\.npy"):
+            Artifact.open(tmp_path / "artifacts")
+
+
+class TestLoop:
+    def test_early_stop_keeps_the_best(self, tmp_path: Path, data: Path) -> None:
+        config = small_config(
+            tmp_path / "run",
+            data / "train.parquet",
+            train={"epochs": 40, "patience": 1, "learning_rate": 0.0, "checkpoint_seconds": 60.0},
+        )
+        result = train(config, on_event=lambda event: None)
+        assert result["stopped_early"]
+        assert result["epochs"] == 2
+        assert result["best_epoch"] == 1
+
+    def test_metrics_are_written(self, tmp_path: Path, data: Path) -> None:
+        config = small_config(tmp_path / "run", data / "train.parquet")
+        events: list[dict[str, Any]] = []
+        train(config, on_event=events.append)
+        lines = [json.loads(line) for line in (Path(config.run) / "metrics.jsonl").read_text().splitlines()]
+        assert {line["kind"] for line in lines} == {"progress", "validation"}
+        assert [event for event in events if event["kind"] == "validation"] == [
+            line for line in lines if line["kind"] == "validation"
+        ]
+        assert list((Path(config.run) / "tensorboard").glob("events.*"))
+        steps = [line for line in lines if line["kind"] == "progress"]
+        assert steps[0]["rate"] == 1.0
+        assert steps[-1]["rate"] < 0.1  # the linear decay reaches the model
+        assert np.mean([line["loss"] for line in steps[-5:]]) < np.mean([line["loss"] for line in steps[:5]])
+
+    def test_nothing_left_to_do(self, tmp_path: Path, data: Path) -> None:
+        config = small_config(tmp_path / "run", data / "train.parquet", train={"epochs": 1})
+        first = train(config, on_event=lambda event: None)
+        notes: list[str] = []
+        second = train(config, on_event=lambda event: notes.append(event.get("text", "")))
+        assert second["steps"] == first["steps"]
+        assert any("nothing left to do; raise train.epochs" in note for note in notes)
+
+    def test_fresh_starts_over(self, tmp_path: Path, data: Path) -> None:
+        train(small_config(tmp_path / "run", data / "train.parquet", train={"epochs": 2}), on_event=lambda event: None)
+        other = small_config(tmp_path / "run", data / "train.parquet", model={"dim": 12}, train={"epochs": 1})
+        assert train(other, fresh=True, on_event=lambda event: None)["epochs"] == 1
+
+    def test_unknown_row_is_trained(self, tmp_path: Path, data: Path) -> None:
+        config = small_config(tmp_path / "run", data / "train.parquet", keys={"min_count": 30, "unknown": "row"})
+        train(config, on_event=lambda event: None)
+        artifact = Artifact.open(export_run(config.run, on_event=lambda event: None))
+        vectors = artifact.vectors("item")
+        assert vectors.rows == len(artifact.keys("item").keys) + 1
+        assert np.abs(vectors.take(np.array([vectors.rows - 1]))).max() > 0.01
+        found = Retriever(artifact).recommend([[1000, 1001]], 200).rows
+        assert found.max() < vectors.rows - 1
