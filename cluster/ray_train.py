@@ -19,6 +19,7 @@ import ray
 import ray.train.torch
 from pyarrow import fs
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from cluster.errors import LaunchError, LexshardError, SettingError
 from cluster.launch import Json, Listener, Worker, reporting_to
@@ -96,6 +97,7 @@ def _run_once(job: dict[str, Any], *, workers: int, kind: str, storage: str, nam
             logging_config=_TRAIN.LoggingConfig(log_level="WARNING"),
         ),
     )
+    before = _placement_groups()
     try:
         with _interruptible():
             result = trainer.fit()
@@ -107,6 +109,7 @@ def _run_once(job: dict[str, Any], *, workers: int, kind: str, storage: str, nam
     except RayError as error:  # not a worker: Ray's own controller, or the cluster under it
         raise LaunchError(f"Ray Train failed: {_last_line(error)}") from error
     finally:
+        _release(_placement_groups() - before)
         _remove(notes, attempt)
     return json.loads(result.return_value)
 
@@ -195,6 +198,19 @@ def _announce_shortage(workers: int, kind: str, listener: Listener) -> None:
         listener({"text": f"{text}, at most {_START_ATTEMPTS} minutes"})
 
 
+def _placement_groups() -> set[str]:
+    """Ids of the placement groups that this job holds; an id ends with its job's."""
+    job = ray.get_runtime_context().get_job_id()
+    entries = placement_group_table()
+    return {name for name, entry in entries.items() if name.endswith(job) and entry["state"] != "REMOVED"}
+
+
+def _release(groups: set[str]) -> None:
+    """Remove what a controller that failed has left: its CPUs would be missing, and its workers could still write."""
+    for name in groups:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Ctrl-C stops the workers (Ray Train's handler does) and is then a KeyboardInterrupt, as everywhere else."""
@@ -236,8 +252,7 @@ def _reason(error: ray.train.TrainingFailedError) -> str:
     """The root cause in one line: a dead process before the errors of the workers that missed it."""
     failures = getattr(error, "worker_failures", {})
     for rank, failure in sorted(failures.items()):
-        cause = getattr(failure, "health_check_failure", None)
-        if isinstance(cause, RayError):
+        if isinstance(getattr(failure, "health_check_failure", None), RayError):
             return f"worker {rank} died (killed, out of memory, or crashed)"
     for rank, failure in sorted(failures.items()):
         return f"worker {rank} failed: {type(failure).__name__}: {_first_line(failure)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -47,7 +48,8 @@ def initial_rows(spec: TableSpec, seed: int, start: int, stop: int) -> np.ndarra
     if spec.init_scale == 0.0:
         out.fill(0.0)
     else:
-        key = np.uint64(seed) + np.uint64(int.from_bytes(spec.name.encode()[:8].ljust(8, b"\0"), "little"))
+        name = int.from_bytes(hashlib.blake2b(spec.name.encode(), digest_size=8).digest(), "little")
+        key = np.uint64((seed + name) % 2**64)
         _fill_uniform(out.reshape(-1), np.uint64(start * spec.dim), key, np.float32(spec.init_scale))
     return out
 
@@ -70,10 +72,10 @@ def deduplicate(uses: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, n
     uses: name -> int64 [n]. Returns (int64 [u], name -> int64 [n]). Distinct rows make the exchange between workers
     small and give the fused optimiser one gradient per row.
     """
-    rows = np.concatenate(list(uses.values())) if uses else np.empty(0, np.int64)
-    unique, inverse = _distinct(rows.astype(np.int64, copy=False))
-    bounds = np.cumsum([len(rows) for rows in uses.values()])[:-1]
-    return unique, dict(zip(uses, np.split(inverse, bounds), strict=True))
+    rows = np.concatenate([np.empty(0, np.int64), *uses.values()])
+    unique, inverse = _distinct(rows)
+    ends = np.cumsum([len(rows) for rows in uses.values()], dtype=np.int64)
+    return unique, {name: inverse[end - len(uses[name]) : end] for name, end in zip(uses, ends, strict=True)}
 
 
 @numba.njit("Tuple((int64[::1], int64[::1]))(int64[::1])", nogil=True, cache=True)

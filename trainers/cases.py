@@ -75,6 +75,8 @@ def _to_cases(reader: SessionReader, keys: Mapping[str, Vocabulary]) -> Cases:
         truths.append(batch.items.with_values(np.where(rows < limit, rows, -1)))
         histories.append(_known(batch.history, keys["item"]) if batch.history is not None else _no_lists(len(batch)))
         singles.append(_single(batch, keys))
+    if not singles:
+        raise DataError("holds no cases", file=", ".join(reader.files))
     single = {name: np.concatenate([part[name] for part in singles]) for name in singles[0]}
     return Cases(Ragged.concat(histories), Ragged.concat(truths), single)
 

@@ -50,17 +50,26 @@ def evaluate_model(
 
 
 def _rank_catalogue(model: Model, cases: Cases, k: int, seen: Ragged | None, num_candidates: int) -> np.ndarray:
-    """The k best candidates of each case, best first: int64 [n, k], -1 where the catalogue has fewer."""
+    """The k best candidates of each case, best first: int64 [n, k], -1 where the catalogue has fewer.
+
+    A case of which nothing is known is answered with the most frequent items, as the service does.
+    """
     query = model.encode_queries(cases.history, cases.single)
     masked_item = masked_query = np.empty(0, np.int64)
     if seen is not None:
         order = np.argsort(seen.values, kind="stable")
         masked_item, masked_query = seen.values[order], seen.owners()[order]
+    sources = {block.source for block in model.query_tower.spec.inputs}
+    cold = cases.history.lengths == 0 if sources & {"history", "last_item"} else np.ones(len(cases), bool)
+    for source in sources & cases.single.keys():
+        cold &= cases.single[source] < 0
+    frequency = -torch.arange(num_candidates, dtype=query.dtype, device=query.device)  # rows are ordered by it
     best = query.new_full((len(cases), k), -torch.inf)
     rows = torch.full((len(cases), k), -1, dtype=torch.int64, device=query.device)
     for start in range(0, num_candidates, _ITEM_CHUNK):
         stop = min(num_candidates, start + _ITEM_CHUNK)
         scores = query @ model.encode_items(start, stop).T
+        scores[torch.from_numpy(cold)] = frequency[start:stop]
         low, high = np.searchsorted(masked_item, [start, stop])
         scores[torch.from_numpy(masked_query[low:high]), torch.from_numpy(masked_item[low:high] - start)] = -torch.inf
         top = scores.topk(min(k, stop - start), dim=1)

@@ -62,15 +62,15 @@ class PairBatch:
     """n examples of a query and its positive item.
 
     `item` int64 [n] rows; `history` n lists of rows, oldest first, the positive not among them at its place; `user`
-    int64 [n] and `features` name -> int64 [n], -1 where unknown; `hits` pairs (i, j) of examples whose item j is no
-    negative of example i.
+    int64 [n] and `features` name -> int64 [n], -1 where unknown; `hits` int64 [p], places i * n + j of pairs where
+    item j is no negative of example i.
     """
 
     item: np.ndarray
     history: Ragged
     user: np.ndarray | None
     features: dict[str, np.ndarray]
-    hits: tuple[np.ndarray, np.ndarray]
+    hits: np.ndarray
 
     def __len__(self) -> int:
         return len(self.item)
@@ -86,11 +86,14 @@ class PairPlan:
         batch_size: int,
         kind: Literal["every_item", "next_item", "last_item"],
         with_history: bool,
+        only_history: bool,
         history_length: int,
         mask: Literal["item", "session"],
         numbers: tuple[int, ...],
     ) -> None:
-        """kind: see `model.examples`; numbers: (seed, epoch, window)."""
+        """kind: see `model.examples`; with_history, only_history: whether queries see histories, and nothing else;
+        numbers: (seed, epoch, window).
+        """
         random = generator(*numbers, 1)
         self.sessions = sessions
         self.items = shuffle_lists(sessions.items, random) if kind == "every_item" else sessions.items
@@ -101,7 +104,7 @@ class PairPlan:
         chosen = np.ones(len(owners), bool)
         if kind == "last_item":
             chosen = place == self.items.lengths[owners] - 1
-        if with_history and sessions.user is None:  # nothing to ask with
+        if only_history:  # without one there is nothing to ask with
             chosen &= (self.items.lengths[owners] > 1) if kind == "every_item" else (place > 0)
         self.examples = random.permutation(np.flatnonzero(chosen))
         self.size = len(self.examples)
@@ -151,12 +154,10 @@ def shuffle_lists(lists: Ragged, random: np.random.Generator) -> Ragged:
     return Ragged(values, lists.offsets)
 
 
-def session_hits(
-    items: np.ndarray, values: np.ndarray, begin: np.ndarray, end: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (i, j), i != j, of a batch where items[j] is among values[begin[i]:end[i]], which holds items[i] too.
+def session_hits(items: np.ndarray, values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Pairs i, j (i != j) of a batch of n where items[j] is among values[begin[i]:end[i]], as places i * n + j.
 
-    items: int64 [n]; values: int64 [m]; begin, end: int64 [n]. Returns int64 [p] twice, each pair once.
+    items: int64 [n]; values: int64 [m]; begin, end: int64 [n]. Returns int64 [p], each pair once.
     """
     order = np.argsort(items, kind="stable")
     return _session_hits(items[order], order, values, begin, end)  # type: ignore[no-any-return]
@@ -174,9 +175,7 @@ def _shuffle(values: np.ndarray, offsets: np.ndarray, seed: np.uint64) -> None:
             values[begin + i], values[begin + j] = values[begin + j], values[begin + i]
 
 
-@numba.njit(
-    "UniTuple(int64[::1], 2)(int64[::1], int64[::1], int64[::1], int64[::1], int64[::1])", nogil=True, cache=True
-)
+@numba.njit("int64[::1](int64[::1], int64[::1], int64[::1], int64[::1], int64[::1])", nogil=True, cache=True)
 def _session_hits(ordered, order, values, begin, end):  # type: ignore[no-untyped-def]
     n = ordered.size
     bits = 4
@@ -184,33 +183,39 @@ def _session_hits(ordered, order, values, begin, end):  # type: ignore[no-untype
         bits += 1
     shift, wrap = np.uint64(64 - bits), np.uint64((1 << bits) - 1)
     slots = np.full(1 << bits, -1, np.int64)  # item -> its first place in `ordered`
-    for first in range(n):
-        if first == 0 or ordered[first] != ordered[first - 1]:
+    size = np.zeros(n, np.int64)  # at that place: how often the item is in the batch
+    first = 0
+    for place in range(n):
+        if place == 0 or ordered[place] != ordered[place - 1]:
+            first = place
             slot = (np.uint64(ordered[first]) * np.uint64(0x9E3779B97F4A7C15)) >> shift
             while slots[slot] >= 0:
                 slot = (slot + np.uint64(1)) & wrap
             slots[slot] = first
-    left = np.empty(4 * n + 16, np.int64)
-    right = np.empty(4 * n + 16, np.int64)
+        size[first] += 1
     met = np.full(n, -1, np.int64)  # the last query that met the item at this place: lists may repeat an item
-    count = 0
+    groups = np.empty((end - begin).sum(), np.int64)  # for each query the items of its list that the batch has
+    bounds = np.zeros(n + 1, np.int64)
+    num_groups = num_hits = 0
     for i in range(n):
         for p in range(begin[i], end[i]):
             slot = (np.uint64(values[p]) * np.uint64(0x9E3779B97F4A7C15)) >> shift
             while slots[slot] >= 0 and ordered[slots[slot]] != values[p]:
                 slot = (slot + np.uint64(1)) & wrap
             first = slots[slot]
-            if first < 0 or met[first] == i:
-                continue
-            met[first] = i
-            place = first
-            while place < n and ordered[place] == values[p]:
+            if first >= 0 and met[first] != i:
+                met[first] = i
+                groups[num_groups] = first
+                num_groups += 1
+                num_hits += size[first]
+        bounds[i + 1] = num_groups
+    hits = np.empty(num_hits, np.int64)
+    count = 0
+    for i in range(n):
+        for g in range(bounds[i], bounds[i + 1]):
+            first = groups[g]
+            for place in range(first, first + size[first]):
                 if order[place] != i:
-                    if count == left.size:
-                        left = np.concatenate((left, np.empty(count, np.int64)))
-                        right = np.concatenate((right, np.empty(count, np.int64)))
-                    left[count] = i
-                    right[count] = order[place]
+                    hits[count] = i * n + order[place]
                     count += 1
-                place += 1
-    return left[:count].copy(), right[:count].copy()
+    return hits[:count]  # every query's own place is left out

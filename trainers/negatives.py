@@ -98,7 +98,8 @@ def _draw(accept: np.ndarray, alias: np.ndarray, num: int, seed: np.uint64) -> n
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
-        row = np.int64((np.uint64(z >> np.uint64(32)) * np.uint64(accept.size)) >> np.uint64(32))
-        coin = np.float64(z & np.uint64(0xFFFFFFFF)) * 2.0**-32
+        row = np.int64(z % np.uint64(accept.size))
+        z = (z + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+        coin = np.float64((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
         out[i] = row if coin < accept[row] else alias[row]
     return out

@@ -13,7 +13,7 @@ def info_nce(
     query: Tensor,
     candidate: Tensor,
     log_q: Tensor,
-    hits: tuple[Tensor, Tensor],
+    hits: Tensor,
     *,
     temperature: float,
 ) -> Tensor:
@@ -28,7 +28,7 @@ def info_nce(
     sampled softmax an estimate of the full one. Pairs (i, j) in `hits` (accidental hits: candidate j is i's own item
     once more) leave the softmax. Order: temperature, then log_q, then the mask.
 
-    query, candidate: float32 [n, d]; log_q: float32 [n]; hits: int64 [p] twice. Returns a float32 scalar.
+    query, candidate: float32 [n, d]; log_q: float32 [n]; hits: int64 [p], places i * n + j. Returns a float32 scalar.
     """
     return _InfoNCE.apply(query, candidate, log_q, hits, 1.0 / temperature)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -40,12 +40,13 @@ class _InfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, candidate: Tensor, log_q: Tensor, hits: Any, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, candidate: Tensor, log_q: Tensor, hits: Tensor, scale: float) -> Tensor:
         logits = torch.addmm(log_q, query, candidate.T, beta=-1.0, alpha=scale)
-        logits[hits] = -torch.inf
-        log_probability = torch.log_softmax(logits, 1)
-        loss = -log_probability.diagonal().sum()
-        gradient = log_probability.exp_()
+        logits.view(-1).index_fill_(0, hits, -torch.inf)
+        own, largest = logits.diagonal().clone(), logits.amax(1) if len(logits) else logits.new_empty(0)
+        gradient = torch.softmax(logits, 1, out=logits)
+        log_total = largest - (gradient.amax(1).log() if len(logits) else largest)  # log softmax at the largest logit
+        loss = (log_total - own).sum()
         gradient.diagonal().sub_(1.0)
         ctx.save_for_backward(query, candidate, gradient)
         ctx.scale = scale

@@ -28,7 +28,7 @@ class _Step:
 
     lookups: Lookups
     log_q: Tensor
-    hits: tuple[Tensor, Tensor]
+    hits: Tensor
 
     @property
     def num_examples(self) -> int:
@@ -103,7 +103,8 @@ class TwoTower:
         self.dense_optimizer: torch.optim.Optimizer | None = None
         if weights:
             self.dense_optimizer = torch.optim.Adam(weights, lr=dense_learning_rate)
-        self._with_history = any(block.source in ("history", "last_item") for block in inputs)
+        sees_history = [block.source in ("history", "last_item") for block in inputs]
+        self._with_history, self._only_history = any(sees_history), all(sees_history)
         self._log_q = log_frequency(counts) * logq
         self._examples, self._mask, self._history_length = examples, mask, training_history_length
         self._batch_size, self._temperature = batch_size, temperature
@@ -116,6 +117,7 @@ class TwoTower:
             batch_size=self._batch_size,
             kind=self._examples,
             with_history=self._with_history,
+            only_history=self._only_history,
             history_length=self._history_length,
             mask=self._mask,
             numbers=numbers,
@@ -128,7 +130,7 @@ class TwoTower:
             single["user"] = batch.user
         inputs = input_rows(self.query_tower.spec, history=batch.history, single=single)
         inputs |= self._item_inputs(batch.item)
-        hits = (torch.from_numpy(batch.hits[0]), torch.from_numpy(batch.hits[1]))
+        hits = torch.from_numpy(batch.hits)
         return _Step(plan_lookups(inputs, self._table_of), torch.from_numpy(self._log_q[batch.item]), hits)
 
     def step(self, step: _Step, rate: float) -> tuple[float, int]:
@@ -140,7 +142,7 @@ class TwoTower:
         blocks = step.lookups.blocks(self.tables.lookup(step.lookups.ids))
         query, item = self.query_tower(blocks), self.item_tower(blocks)
         device = item.device
-        hits = (step.hits[0].to(device), step.hits[1].to(device))
+        hits = step.hits.to(device)
         loss = info_nce(query, item, step.log_q.to(device), hits, temperature=self._temperature)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.dense_optimizer is not None:

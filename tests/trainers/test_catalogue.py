@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cluster.rank import process_group
 from embedding_service.ragged import Ragged
+from embedding_service.towers import Tower, TowerInput, TowerSpec
 from tests.ranks import run_on_ranks
 from trainers import catalogue
 from trainers.cases import Cases
@@ -24,6 +25,10 @@ class PlantedModel:
         self.num_items = num_items
         self.items, self.users = random.normal(size=(num_items, 5)), random.normal(size=(9, 5))
 
+    query_tower = Tower(
+        TowerSpec((TowerInput("history", "history", "item", 5), TowerInput("user", "user", "user", 5)), 5)
+    )
+
     def encode_queries(self, history: Ragged, single: Mapping[str, np.ndarray]) -> Tensor:
         vectors = [self.items[rows].sum(0) for rows in map(list, history.to_lists())]
         users = [self.users[user] if user >= 0 else np.zeros(5) for user in single["user"]]
@@ -37,7 +42,7 @@ def cases(num: int, num_items: int) -> Cases:
     random = np.random.default_rng(num)
     histories = [random.permutation(num_items)[: random.integers(0, 5)].tolist() for _ in range(num)]
     truths = [random.integers(-1, num_items, random.integers(i == 0, 4)).tolist() for i in range(num)]
-    return Cases(Ragged.from_lists(histories), Ragged.from_lists(truths), {"user": random.integers(0, 9, num)})
+    return Cases(Ragged.from_lists(histories), Ragged.from_lists(truths), {"user": random.integers(-1, 9, num)})
 
 
 def brute_force(
@@ -48,6 +53,8 @@ def brute_force(
     for i, history in enumerate(found.history.to_lists()):
         one = found.take(np.array([i]))
         scores = model.items[:num_candidates] @ model.encode_queries(one.history, one.single)[0].numpy()
+        if not history and one.single["user"][0] < 0:  # nothing is known: the most frequent, which are the first rows
+            scores = -np.arange(num_candidates, dtype=np.float64)
         order = [row for row in np.argsort(-scores) if not (mask_seen and row in history)][: max(ks)]
         ranked[i, : len(order)] = order
     return mean_metrics(ranked, found.truth, [f"{name}@{k}" for k in ks for name in METRICS])

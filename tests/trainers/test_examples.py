@@ -23,8 +23,8 @@ def sessions(lists: list[list[int]], *, user: bool = True) -> Sessions:
 
 def pair_plan(lists: list[list[int]] = PLACES, *, user: bool = True, **change: Any) -> PairPlan:
     settings: dict[str, Any] = {
-        "batch_size": 4, "kind": "next_item", "with_history": True, "history_length": 0, "mask": "session",
-        "numbers": NUMBERS,
+        "batch_size": 4, "kind": "next_item", "with_history": True, "only_history": not user, "history_length": 0,
+        "mask": "session", "numbers": NUMBERS,
     }  # fmt: skip
     return PairPlan(sessions(lists, user=user), **{**settings, **change})
 
@@ -90,7 +90,7 @@ def as_lists(plan: PairPlan) -> tuple[list[int], list[list[int]]]:
 
 
 def test_a_towers_without_history_gets_empty_ones_and_all_examples() -> None:
-    batch = whole(pair_plan(with_history=False, user=False))
+    batch = whole(pair_plan(with_history=False, only_history=False, user=False))
     assert len(batch) == sum(map(len, PLACES))
     assert not batch.history.lengths.any()
 
@@ -213,13 +213,13 @@ def test_hits_are_those_of_brute_force(mask: str, seed: int) -> None:
             [item, *history] if mask == "session" else [item]
             for item, history in zip(items, batch.history.to_lists(), strict=True)
         ]
-        pairs = list(zip(*(part.tolist() for part in batch.hits), strict=True))
+        pairs = [divmod(place, len(items)) for place in batch.hits.tolist()]
         assert len(pairs) == len(set(pairs)), "a pair is there twice"
         assert set(pairs) == brute_hits(items, own)
 
 
 def test_hits_of_many_equal_items_grow_beyond_the_first_guess() -> None:
     items = np.zeros(100, np.int64)
-    left, right = session_hits(items, items, np.arange(100), np.arange(1, 101))
-    assert len(left) == 100 * 99
-    assert set(zip(left.tolist(), right.tolist(), strict=True)) == brute_hits([0] * 100, [[0]] * 100)
+    hits = session_hits(items, items, np.arange(100), np.arange(1, 101))
+    assert len(hits) == 100 * 99
+    assert {divmod(place, 100) for place in hits.tolist()} == brute_hits([0] * 100, [[0]] * 100)
