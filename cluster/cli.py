@@ -276,38 +276,47 @@ def _submit(args: Arguments) -> int:
 
 
 def _demo(args: Arguments) -> int:
+    from urllib.request import urlopen
+
     from cluster.console import table, watching
     from embedding_service.app import serve_artifact
     from trainers.demo import METRICS, run_demo
 
     with watching(every_seconds=10.0) as listener:
         demo = run_demo(args.folder, site_packages=args.site_packages, on_event=listener)
-    print(table(("model", "search", *METRICS, "seconds"), demo.table), end="\n\n")
+    print("\nnext calls of functions that training has not seen, ranked among all calls:\n")
+    print(table(("model", "search", *METRICS, "seconds to train"), demo.table))
+    print()
     for question, answers in demo.examples:
-        print(f"{question}\n    {'  '.join(answers)}")
-    with serve_artifact(demo.served, port=args.port or _free_port(8000)) as service:
-        url = f"{service.address}{demo.question}"
-        print(f"\ncurl '{url}'\n{_get(url).decode()}\n\ndocumentation: {service.address}/docs")
+        print(f"{question}:\n    {', '.join(answers)}")
+    port = args.port or _free_port(8000)
+    print(f"\nserving {demo.served}", flush=True)
+    with serve_artifact(demo.served, port=port) as service:
+        print(f"try: curl '{service.address}{demo.question}'")
+        with urlopen(service.address + demo.question, timeout=60) as response:
+            answer = json.load(response)
+        print(f"     {', '.join(item['key'] for item in answer['items'])}")
         if sys.stdout.isatty():
-            print("the service stays up until Ctrl-C")
+            print(f"documentation: {service.address}/docs; Ctrl-C stops", flush=True)
             service.wait()
-    if not sys.stdout.isatty():
-        print(json.dumps(demo.figures))
+            return 0
+    print(json.dumps({**demo.figures, "asked": demo.question, "answered": [item["key"] for item in answer["items"]]}))
     return 0
 
 
-def _free_port(preferred: int) -> int:
-    """`preferred` if nothing listens there on this machine, else a port that is free."""
+def _free_port(wanted: int) -> int:
+    """`wanted` if nothing listens there, else a port that is free."""
     import socket
 
-    for port in (preferred, 0):
+    for port in (wanted, 0):
         with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise LexshardError("no port is free on 127.0.0.1")
+    raise LexshardError("this machine has no free port")
 
 
 # ---------------------------------------------------------------- folders

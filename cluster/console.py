@@ -92,7 +92,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns: text to the left, the figures (every column whose cells all start with a digit) to the right."""
     cells = [list(header), *[list(row) for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    numeric = [bool(rows) and all(row[i].lstrip("-.")[:1].isdigit() for row in rows) for i in range(len(header))]
+    numeric = [
+        bool(rows) and all(row[i].lstrip("-.")[:1].isdigit() for row in rows if row[i]) for i in range(len(header))
+    ]
     lines = []
     for row in cells:
         padded = [

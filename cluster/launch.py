@@ -41,7 +41,7 @@ def launch(
     engine: `inline` is this process with a one-rank group and no Ray; `ray` is Ray Train; `auto` is inline for one
         worker and Ray for more.
     address: the Ray cluster to join; empty: the one RAY_ADDRESS names (as in a submitted job), or else a local one,
-        started for this call and stopped after it.
+        started for this call and stopped after it. A Ray that this process has joined already is used, and left.
     max_failures: times that died or crashed workers are started again; -1: no limit. An error of the user's
         (LexshardError) is never retried. Inline nothing is: the process that would restart is the one that died.
     storage: a folder or URL that all workers reach; Ray keeps its notes in `.ray` below it.

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import uuid
 from collections.abc import Iterator
@@ -153,6 +154,8 @@ def _cluster(address: str, *, num_cpus: int) -> Iterator[None]:
     own = not address and not ray.is_initialized()
     for variable, value in (_RAY_SETTINGS | (_LOCAL_RAY_SETTINGS if own else {})).items():
         os.environ.setdefault(variable, value)
+    if address:
+        _check_reachable(address)
     if ray.is_initialized():
         yield
         return
@@ -175,6 +178,17 @@ def _cluster(address: str, *, num_cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises LaunchError if nothing listens at `address` (host:port, ray://host:port): Ray would try for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon:
+        return  # `auto`: Ray looks on this machine
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"the Ray cluster at {address} cannot be joined: {error}") from None
 
 
 def _device_of(device: Any, workers: int) -> str:
@@ -218,10 +232,8 @@ def _interruptible() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT) if on_main_thread else None
     try:
         yield
-    except SystemExit as end:
-        if end.code:  # Ray's handler of SIGTERM
-            raise
-        raise KeyboardInterrupt from None  # Ray Train's handler of SIGINT ends the driver with status 0
+    except SystemExit:  # how Ray's handlers of SIGINT and SIGTERM end the process
+        raise KeyboardInterrupt from None
     finally:
         if on_main_thread:
             signal.signal(signal.SIGINT, before)

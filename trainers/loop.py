@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from cluster.config import Config, config_from_dict, config_to_dict, to_toml
 from cluster.errors import SettingError
-from cluster.launch import launch, report
+from cluster.launch import Listener, launch, report
 from cluster.rank import Rank, current_rank
 from cluster.storage import remove_folder, write_atomic, write_json
 from trainers.cases import Cases, load_validation
@@ -27,12 +27,11 @@ from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, p
 from trainers.sessions import SessionReader, read_ahead
 
 
-def train(
-    config: Config, *, fresh: bool = False, on_event: Callable[[dict[str, Any]], None] | None = None
-) -> dict[str, Any]:
+def train(config: Config, *, fresh: bool = False, on_event: Listener | None = None) -> dict[str, Any]:
     """Train the run that `config` describes, from its last checkpoint if it has one. Returns the run's result.
 
-    fresh: forget the run's checkpoints and key maps first; what it has published stays. on_event: gets every event of the worker (see `train_worker`).
+    fresh: forget the run's checkpoints and key maps first; what it has published stays. on_event: gets every event of
+    the worker (see `train_worker`).
     Raises LexshardError for everything that is the user's to mend.
     """
     parse_metric(config.train.metric)

@@ -111,9 +111,10 @@ def test_inline_with_several_workers_is_refused(tmp_path: Path) -> None:
         launch(work.add_up, SETTINGS, workers=2, engine="inline", storage=str(tmp_path))
 
 
-def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"the Ray cluster at 127\.0\.0\.1:1 cannot be joined"):
-        launch(work.add_up, SETTINGS, workers=2, storage=str(tmp_path), address="127.0.0.1:1")
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:x"])
+def test_a_cluster_that_is_not_there_is_named_at_once(tmp_path: Path, address: str) -> None:
+    with pytest.raises(LaunchError, match=rf"^the Ray cluster at {address} cannot be joined: "):
+        launch(work.add_up, SETTINGS, workers=2, storage=str(tmp_path), address=address)
 
 
 def test_cuda_on_a_cluster_without_gpus_is_refused(ray_here: None, tmp_path: Path) -> None:
