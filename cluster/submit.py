@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shlex
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.errors import LaunchError
 
 Status = Literal["SUCCEEDED", "FAILED", "STOPPED"]
 
 # Ray leaves out what .gitignore names; these never belong in a job, whatever the folder's .gitignore says.
-_EXCLUDED = (".git", ".venv", "runs", "data")
+_EXCLUDED = ("/.git", "/.venv", "/runs", "/data")
+_READY_SECONDS = 60.0  # a cluster that was just started takes jobs a little later than it answers
 
 
 def submit(
@@ -38,9 +42,12 @@ def submit(
         raise LaunchError(f"--working-dir {working_dir}: there is no such folder")
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every step
     try:
         client = JobSubmissionClient(address)
-        job = client.submit_job(
+        job = _submit_when_ready(
+            client,
             entrypoint=shlex.join([python, "-m", "cluster.cli", *arguments]),
             runtime_env={"working_dir": str(folder.resolve()), "excludes": list(_EXCLUDED)},
         )
@@ -62,3 +69,15 @@ def submit(
     if info.status == JobStatus.FAILED and info.message:
         on_log(f"{info.message}\n")
     return str(info.status.value)  # type: ignore[return-value]
+
+
+def _submit_when_ready(client: Any, **job: Any) -> str:
+    """Submit, and again as long as the cluster's agents are not up yet. Raises RuntimeError."""
+    deadline = time.monotonic() + _READY_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        threading.Event().wait(1.0)

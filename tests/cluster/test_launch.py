@@ -40,6 +40,7 @@ def test_inline_runs_without_ray(tmp_path: Path) -> None:
     assert "1 workers" in run.stderr  # without a listener events are lines of standard error
 
 
+@pytest.mark.filterwarnings("ignore:rank 0 is only a test")
 def test_inline_and_ray_give_the_same(tmp_path: Path) -> None:
     """With a local Ray that launch itself starts, and stops."""
     inline_events: list[dict[str, Any]] = []

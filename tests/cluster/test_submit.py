@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +23,20 @@ from embedding_service.artifact import Artifact
 ROOT = Path(__file__).parents[2]
 
 
+def _free_port() -> int:
+    """Ray's own default is one number for every cluster of a machine."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def job_server() -> Iterator[str]:
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0, "object_store_memory": 2**27},
-    )
+    node = {"num_cpus": 1, "object_store_memory": 2**27}
+    head = {"include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": _free_port()}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, **head})
     try:
-        cluster.add_node(num_cpus=1, object_store_memory=2**27)
+        cluster.add_node(**node, dashboard_agent_listen_port=_free_port())
         yield f"http://{cluster.head_node.address_info['webui_url']}"
     finally:
         cluster.shutdown()
