@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from embedding_service.exact import Float32, Int64, Metric, exact_search, pair_scores
+from embedding_service import rank_kernels as kernels
+from embedding_service.exact import Float32, Int64, Metric, exact_search
 from embedding_service.index import VectorIndex
 from embedding_service.ragged import Ragged
 from embedding_service.vectors import VectorSet
 
 _SPARE = 8  # rows fetched beyond k from an exhaustive index, so that rounding does not decide who is k-th
+_NO_ROWS = np.empty(0, np.int64)
 
 
 class Candidates:
@@ -32,41 +34,43 @@ class Candidates:
         Queries for which the index finds fewer rows than that (a graph's unreachable corner, few lists probed) are
         answered exactly.
         """
-        k = min(k, self.rows)
-        if self._index is None:
-            return exact_search(queries, self.vectors, k, metric=self._metric)
-        fetch = min(self.rows, k + _SPARE) if self._index.exhaustive else k
-        _, rows = self._index.search(queries, fetch)
-        lacking = rows[:, -1] < 0
-        scores = pair_scores(queries, self.vectors.take(np.maximum(rows, 0) if lacking.any() else rows), self._metric)
-        order = np.lexsort((rows, -scores), axis=1)
-        line = np.arange(len(order))[:, None]
-        scores, rows = scores[line, order], rows[line, order]
-        if fetch < self.rows and self._index.exhaustive:  # which of many equal rows were fetched was FAISS's whim
-            lacking |= scores[:, -1] == scores[:, k - 1]
-        scores, rows = scores[:, :k], rows[:, :k]
-        if lacking.any():
-            scores[lacking], rows[lacking] = exact_search(queries[lacking], self.vectors, k, metric=self._metric)
-        return scores, rows
+        return self.search_unseen(queries, k, None)
 
     def search_unseen(self, queries: Float32, k: int, seen: Ragged | None) -> tuple[Float32, Int64]:
         """As `search`, without the rows (int64, any) that `seen` lists for each query.
 
         Fills k places wherever that many rows are left; else the end is padded with row -1 and score -inf.
         """
-        if seen is None:
-            return self.search(queries, k)
         k = min(k, self.rows)
+        if seen is None:
+            return self._search(queries, k, k, Ragged(_NO_ROWS, np.zeros(len(queries) + 1, np.int64)))
         fetch = num_fetched(k, seen.lengths)
-        sizes = np.unique(fetch)
+        sizes = set(fetch.tolist())
         if len(sizes) == 1:
-            return first_unseen(*self.search(queries, int(sizes[0])), seen, k)
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        rows = np.full((len(queries), k), -1, np.int64)
+            return self._search(queries, sizes.pop(), k, seen)
+        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         for size in sizes:
             members = np.flatnonzero(fetch == size)
-            found = self.search(queries[members], int(size))
-            scores[members], rows[members] = first_unseen(*found, seen.take(members), k)
+            scores[members], rows[members] = self._search(queries[members], size, k, seen.take(members))
+        return scores, rows
+
+    def _search(self, queries: Float32, wanted: int, k: int, seen: Ragged) -> tuple[Float32, Int64]:
+        """The first k unseen ones of the best `wanted` rows."""
+        wanted = min(wanted, self.rows)
+        if self._index is None:
+            return first_unseen(*exact_search(queries, self.vectors, wanted, metric=self._metric), seen, k)
+        # of many equal rows an exhaustive index fetches some: fetch more, and do without it where they still are equal
+        fetch = min(self.rows, wanted + _SPARE) if self._index.exhaustive else wanted
+        found = self._index.search_rows(queries, fetch)
+        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        lacking = np.empty(len(queries), np.bool_)
+        if kernels.best_unseen(
+            queries, found, self.vectors.take(found), self._metric == "cosine", wanted, seen.values, seen.offsets,
+            scores, rows, lacking,
+        ):  # fmt: skip
+            members = np.flatnonzero(lacking)
+            exact = exact_search(queries[members], self.vectors, wanted, metric=self._metric)
+            scores[members], rows[members] = first_unseen(*exact, seen.take(members), k)
         return scores, rows
 
 
@@ -76,16 +80,12 @@ def num_fetched(k: int, num_seen: npt.NDArray[np.int64]) -> Int64:
     A function of the query alone, so that its answer does not depend on its batch; rounded up to few distinct values,
     so that a batch is searched in few groups.
     """
-    return k + np.where(num_seen > 0, 2 ** np.ceil(np.log2(np.maximum(num_seen, 4))), 0).astype(np.int64)
+    powers = [1 << max(2, (seen - 1).bit_length()) if seen else 0 for seen in num_seen.tolist()]
+    return k + np.array(powers, np.int64)
 
 
 def first_unseen(scores: Float32, rows: Int64, seen: Ragged, k: int) -> tuple[Float32, Int64]:
     """The first k of each query's m >= k ranked rows [n, m] that `seen` does not list, padded with -1 and -inf."""
-    n = len(rows)
-    span = int(max(rows.max(initial=0), seen.values.max(initial=0))) + 2  # (query, row) as one number; -1 stays apart
-    pairs = rows + 1 + np.arange(n)[:, None] * span
-    excluded = np.isin(pairs, seen.values + 1 + seen.owners() * span, kind="sort")
-    order = np.argsort(excluded, axis=1, kind="stable")[:, :k]
-    line = np.arange(n)[:, None]
-    left = ~excluded[line, order]
-    return np.where(left, scores[line, order], np.float32(-np.inf)), np.where(left, rows[line, order], -1)
+    out_scores, out_rows = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
+    kernels.first_unseen(scores, rows, seen.values, seen.offsets, out_scores, out_rows)
+    return out_scores, out_rows

@@ -179,6 +179,15 @@ class VectorIndex:
             scores = scores + (queries @ self._centre)[:, None]
         return np.where(rows >= 0, scores, -np.inf).astype(np.float32), rows
 
+    def search_rows(self, queries: Float32, k: int) -> Int64:
+        """The rows of `search`, int64 [n, k], without the scores: what it takes if they are computed anew anyway."""
+        if self._gpu is not None:
+            return self.search(queries, k)[1]
+        if self.arrangement == "augmented":
+            queries = np.concatenate([queries, np.zeros((len(queries), 1), np.float32)], axis=1)
+        rows: Int64 = self._index.search(queries, k)[1]  # a query's length changes no order
+        return rows
+
     def save(self, path: str | Path) -> None:
         """Write `path` (FAISS's own format, no pickle) and, next to it, `<path>.json` with the settings."""
         faiss.write_index(faiss.index_gpu_to_cpu(self._index) if self._gpu is not None else self._index, str(path))

@@ -25,6 +25,7 @@ KeyType = Literal["int64", "string"]
 
 _FORMAT = "lexshard.vocabulary"
 _FORMAT_VERSION = 1
+_FEW_KEYS = 32  # Python objects that are looked up one by one: Arrow costs more than that
 _MAX_LOAD = 2 / 3  # share of the hash table's slots that keys may take
 
 
@@ -173,6 +174,8 @@ class Vocabulary:
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.num_rows):
             wrong = wanted[(wanted < 0) | (wanted >= self.num_rows)][0]
             raise IndexError(f"row {wrong} is not one of the vocabulary's {self.num_rows} rows")
+        if self.key_type == "int64" and self.unknown == "skip":
+            return pa.array(self._columns[0][wanted])
         unknown = wanted == self._unknown_row
         return self.keys.take(pa.array(wanted, mask=unknown if unknown.any() else None))
 
@@ -242,6 +245,8 @@ class Vocabulary:
         return int(self._kernels.find_one_bytes(text, *self._columns, self._slots))
 
     def _rows_of_objects(self, keys: Sequence[Any]) -> npt.NDArray[np.int64]:
+        if len(keys) <= _FEW_KEYS:
+            return np.array([self.row(key) for key in keys], dtype=np.int64)
         own = int if self.key_type == "int64" else str
         if set(map(type, keys)) == {own}:
             try:

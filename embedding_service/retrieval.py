@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from cluster.errors import ArtifactError, DataError, KeyNotFound
+from embedding_service import rank_kernels as kernels
 from embedding_service.artifact import Artifact
 from embedding_service.candidates import Candidates, first_unseen, num_fetched
 from embedding_service.exact import Float32, Int64, unit_length
@@ -63,8 +66,8 @@ class Retriever:
         candidates, catalogue = self._part(SIMILAR)
         _check_batch(len(keys), k)
         rows = catalogue.rows(keys)
-        unknown = np.flatnonzero((rows < 0) | (rows >= candidates.rows))
-        if len(unknown):
+        if rows.min() < 0 or rows.max() >= candidates.rows:
+            unknown = np.flatnonzero((rows < 0) | (rows >= candidates.rows))
             raise KeyNotFound(keys[unknown[0]], self._key_map_name(SIMILAR))
         own = Ragged(rows, np.arange(len(rows) + 1, dtype=np.int64))
         return self._results(catalogue, *candidates.search_unseen(candidates.vectors.take(rows), k, own))
@@ -157,10 +160,10 @@ class Retriever:
     def _results(
         self, catalogue: Vocabulary, scores: Float32, rows: Int64, cold: npt.NDArray[np.bool_] | None = None
     ) -> Results:
-        found = rows >= 0
-        flat = catalogue.keys_of(rows[found]).to_pylist()
-        ends = np.cumsum(found.sum(axis=1)).tolist()
-        keys = [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        filled = [len(line) - line.count(-1) for line in rows.tolist()]  # padding is at the end
+        flat = catalogue.keys_of(rows.ravel() if min(filled) == rows.shape[1] else rows[rows >= 0]).to_pylist()
+        ends = list(itertools.accumulate(filled, initial=0))
+        keys = [flat[start:end] for start, end in itertools.pairwise(ends)]
         return Results(rows, scores, keys, [False] * len(rows) if cold is None else cold.tolist())
 
     def _part(self, name: str) -> tuple[Candidates, Vocabulary]:
@@ -235,14 +238,16 @@ class QueryEncoder:
             known |= (rows >= 0) & (rows < len(self._keys[source].keys))
         if self._sees_session:
             num_items = min(len(self._keys[source].keys) for source in self.key_maps if source in _FROM_SESSION)
-            known[history.owners()[(history.values >= 0) & (history.values < num_items)]] = True
+            if len(history.values) and history.values.min() >= 0 and history.values.max() < num_items:
+                known |= history.lengths > 0
+            else:
+                known[history.owners()[(history.values >= 0) & (history.values < num_items)]] = True
         return known
 
     def encode(self, history: Ragged, single: Mapping[str, Int64]) -> Float32:
         """Query vectors float32 [n, dim]; -1 rows are passed over."""
-        known = history.values >= 0
-        if not known.all():
-            history = history.keep(known)
+        if history.values.min(initial=0) < 0:
+            history = history.keep(history.values >= 0)
         looked_up = input_rows(self.spec, history=history, single=single)
         blocks = {name: _pooled(self._vectors[rows.vectors], rows) for name, rows in looked_up.items()}
         if self._tower is not None:
@@ -250,7 +255,7 @@ class QueryEncoder:
                 encoded = self._tower({name: torch.from_numpy(block).double() for name, block in blocks.items()})
             out: Float32 = encoded.float().numpy()
             return out
-        out = np.sum(list(blocks.values()), axis=0)
+        out = functools.reduce(np.add, blocks.values())
         return unit_length(out) if self.spec.normalize else out
 
     def _known_sources(self) -> str:
@@ -259,15 +264,8 @@ class QueryEncoder:
 
 def _pooled(vectors: VectorSet, lookup: InputRows) -> Float32:
     """`towers.pool` in numpy: weighted sums of the looked-up rows, float32 [n, dim]; an empty list gives zeros."""
-    starts, lengths = lookup.offsets[:-1], np.diff(lookup.offsets)
-    weighted = vectors.take(lookup.rows) * lookup.weights[:, None]
-    if lengths.all():
-        sums: Float32 = np.add.reduceat(weighted, starts, axis=0)
-        return sums
-    out = np.zeros((len(lengths), vectors.dim), np.float32)
-    filled = lengths > 0
-    if filled.any():  # reduceat gives an empty list its next neighbour's first row: leave such lists out
-        out[filled] = np.add.reduceat(weighted, starts[filled], axis=0)
+    out = np.empty((len(lookup.offsets) - 1, vectors.dim), np.float32)
+    kernels.pool(vectors.take(lookup.rows), lookup.offsets, lookup.weights, out)
     return out
 
 

@@ -7,6 +7,7 @@ this file's alone, so both agree.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,6 +136,8 @@ def recency_weights(offsets: np.ndarray, decay: float) -> np.ndarray:
 
     offsets: int64 [n + 1]. Returns float32 [offsets[-1] - offsets[0]].
     """
+    if len(offsets) == 2:
+        return _weights_of_one(int(offsets[1] - offsets[0]), decay)
     lengths = np.diff(offsets)
     ends = np.repeat(offsets[1:], lengths)
     age = ends - 1 - np.arange(offsets[0], offsets[-1])
@@ -148,6 +151,14 @@ def recency_weights(offsets: np.ndarray, decay: float) -> np.ndarray:
         totals = (1.0 - decay**lengths) / (1.0 - decay)
         weights = decay ** age.astype(np.float64)
     return (weights / np.repeat(totals, lengths)).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=1024)
+def _weights_of_one(length: int, decay: float) -> np.ndarray:
+    """The weights of one history; a server asks for few lengths again and again."""
+    weights = recency_weights(np.array([0, length, length]), decay)
+    weights.flags.writeable = False
+    return weights
 
 
 def pool(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

@@ -1,0 +1,160 @@
+"""Compiled kernels behind `retrieval`: pool a history, score what an index found, rank it, leave out what was seen.
+
+A single query spends its time in calls, not in arithmetic: in a server, where the caches are cold at every request, two
+dozen numpy calls cost several times the search in the index. These kernels do the same for one query or a thousand.
+Types are fixed, so that numba compiles once per machine (see `hash_kernels`); all of them release the GIL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+_FLOATS_2D = types.Array(types.float32, 2, "C")
+_FLOATS_2D_IN = types.Array(types.float32, 2, "A", readonly=True)
+_FLOATS_3D_IN = types.Array(types.float32, 3, "C", readonly=True)
+_FLOATS_IN = types.Array(types.float32, 1, "C", readonly=True)
+_INT64S_2D = types.Array(types.int64, 2, "C")
+_INT64S_2D_IN = types.Array(types.int64, 2, "A", readonly=True)
+_INT64S_IN = types.Array(types.int64, 1, "A", readonly=True)
+_BOOLS = types.Array(types.boolean, 1, "C")
+_INSERTION_SORT = 64  # up to this many it is the fastest
+
+
+def _kernel(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
+    compiler: Callable[[Callable[..., Any]], Any] = njit(
+        result(*arguments), nogil=True, cache=True, error_model="numpy"
+    )
+    return compiler
+
+
+@_kernel(types.void, _FLOATS_2D_IN, _INT64S_IN, _FLOATS_IN, _FLOATS_2D)
+def pool(rows: Any, offsets: Any, weights: Any, out: Any) -> None:
+    """out[i] = sum of weights[j] rows[j] over offsets[i] <= j < offsets[i + 1]; out is float32 [n, dim]."""
+    num, dim = out.shape
+    for i in range(num):
+        for d in range(dim):
+            out[i, d] = 0.0
+        for j in range(offsets[i], offsets[i + 1]):
+            for d in range(dim):
+                out[i, d] += weights[j] * rows[j, d]
+
+
+@njit(types.void(types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")), nogil=True, cache=True)
+def _rank(scores: Any, rows: Any) -> None:
+    """Sort by score descending, then row ascending, in place."""
+    width = len(rows)
+    if width > _INSERTION_SORT:
+        order = np.argsort(rows, kind="mergesort")
+        order = order[np.argsort(-scores[order], kind="mergesort")]
+        scores[:] = scores[order]
+        rows[:] = rows[order]
+        return
+    for j in range(1, width):
+        score, row = scores[j], rows[j]
+        place = j
+        while place > 0 and (scores[place - 1] < score or (scores[place - 1] == score and rows[place - 1] > row)):
+            scores[place] = scores[place - 1]
+            rows[place] = rows[place - 1]
+            place -= 1
+        scores[place] = score
+        rows[place] = row
+
+
+@njit(
+    types.void(
+        types.Array(types.float32, 1, "A", readonly=True),
+        types.Array(types.int64, 1, "A", readonly=True),
+        _INT64S_IN,
+        types.Array(types.float32, 1, "C"),
+        types.Array(types.int64, 1, "C"),
+    ),
+    nogil=True,
+    cache=True,
+)
+def _keep_unseen(scores: Any, rows: Any, seen: Any, out_scores: Any, out_rows: Any) -> None:
+    """The first of `rows` that are neither -1 nor in `seen`, into out; the rest of out becomes row -1, score -inf."""
+    hidden = np.sort(seen)
+    found = 0
+    for j in range(len(rows)):
+        if found == len(out_rows):
+            break
+        row = rows[j]
+        place = np.searchsorted(hidden, row)
+        if row >= 0 and (place == len(hidden) or hidden[place] != row):
+            out_scores[found] = scores[j]
+            out_rows[found] = row
+            found += 1
+    out_scores[found:] = -np.inf
+    out_rows[found:] = -1
+
+
+@_kernel(types.void, _FLOATS_2D_IN, _INT64S_2D_IN, _INT64S_IN, _INT64S_IN, _FLOATS_2D, _INT64S_2D)
+def first_unseen(scores: Any, rows: Any, seen: Any, offsets: Any, out_scores: Any, out_rows: Any) -> None:
+    """Of each ranked line [n, m] the first that seen[offsets[i] : offsets[i + 1]] does not list, into out [n, k]."""
+    for i in range(len(rows)):
+        _keep_unseen(scores[i], rows[i], seen[offsets[i] : offsets[i + 1]], out_scores[i], out_rows[i])
+
+
+@_kernel(
+    types.int64,
+    _FLOATS_2D_IN,
+    _INT64S_2D_IN,
+    _FLOATS_3D_IN,
+    types.boolean,
+    types.int64,
+    _INT64S_IN,
+    _INT64S_IN,
+    _FLOATS_2D,
+    _INT64S_2D,
+    _BOOLS,
+)
+def best_unseen(
+    queries: Any,
+    found: Any,
+    vectors: Any,
+    cosine: bool,
+    wanted: int,
+    seen: Any,
+    offsets: Any,
+    out_scores: Any,
+    out_rows: Any,
+    lacking: Any,
+) -> int:
+    """Score found rows [n, m] by their vectors [n, m, dim], rank them, keep the first unseen ones in out [n, k].
+
+    Scores are those of `exact.pair_scores`: inner products (for cosine of unit vectors) in float64, rounded to float32.
+    lacking [n] is set where fewer than m rows were found (-1 stands for the others), or where m > wanted and the last
+    score is that of place `wanted`: then rows that were not fetched may tie. Returns how many lack.
+    """
+    num, width, dim = vectors.shape
+    scores = np.empty(width, np.float32)
+    rows = np.empty(width, np.int64)
+    num_lacking = 0
+    for i in range(num):
+        squared = 0.0
+        for d in range(dim):
+            squared += np.float64(queries[i, d]) * np.float64(queries[i, d])
+        length = max(np.sqrt(squared), 1e-30)
+        lacks = False
+        for j in range(width):
+            total = 0.0
+            squared = 0.0
+            for d in range(dim):
+                value = np.float64(vectors[i, j, d])
+                total += np.float64(queries[i, d]) * value
+                squared += value * value
+            if cosine:
+                total /= length * max(np.sqrt(squared), 1e-30)
+            rows[j] = found[i, j]
+            lacks |= rows[j] < 0
+            scores[j] = np.float32(total) if rows[j] >= 0 else -np.inf
+        _rank(scores, rows)
+        lacks |= width > wanted and scores[width - 1] == scores[wanted - 1]
+        lacking[i] = lacks
+        num_lacking += lacks
+        _keep_unseen(scores[:wanted], rows[:wanted], seen[offsets[i] : offsets[i + 1]], out_scores[i], out_rows[i])
+    return num_lacking

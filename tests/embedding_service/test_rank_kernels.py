@@ -1,0 +1,69 @@
+"""The compiled kernels against the formulas they stand for."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from embedding_service import rank_kernels as kernels
+from embedding_service.exact import Metric, pair_scores
+
+
+def reference(scores: np.ndarray, rows: np.ndarray, seen: set[int], k: int) -> tuple[list[float], list[int]]:
+    """Sort (score descending, row ascending), leave out -1 and `seen`, take k, pad."""
+    order = sorted(range(len(rows)), key=lambda j: (-scores[j], rows[j]))
+    kept = [j for j in order if rows[j] >= 0 and rows[j] not in seen][:k]
+    padding = k - len(kept)
+    return [scores[j] for j in kept] + [-np.inf] * padding, [int(rows[j]) for j in kept] + [-1] * padding
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine"])
+@pytest.mark.parametrize("width", [1, 5, 40, 200])  # below and above the insertion sort
+@pytest.mark.parametrize("ties", [False, True])
+def test_best_unseen(metric: Metric, width: int, ties: bool) -> None:
+    rng = np.random.default_rng(width)
+    num, dim, k = 7, 6, 4
+    queries = rng.standard_normal((num, dim)).astype(np.float32)
+    found = np.stack([rng.permutation(300)[:width] for _ in range(num)]).astype(np.int64)
+    vectors = rng.standard_normal((num, width, dim)).astype(np.float32)
+    if ties:
+        vectors[:] = vectors[:, :1]
+    found[2, width // 2 :] = -1
+    seen = [rng.choice(found[i], min(width, i)) for i in range(num)]
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in seen])]).astype(np.int64)
+    scores, rows = np.empty((num, k), np.float32), np.empty((num, k), np.int64)
+    lacking = np.empty(num, np.bool_)
+    count = kernels.best_unseen(
+        queries, found, vectors, metric == "cosine", width, np.concatenate(seen), offsets, scores, rows, lacking
+    )
+    exact = pair_scores(queries, vectors, metric)
+    for i in range(num):
+        want_scores, want_rows = reference(exact[i], found[i], set(seen[i].tolist()), k)
+        assert rows[i].tolist() == want_rows
+        np.testing.assert_allclose(scores[i], want_scores, rtol=1e-6)
+    assert lacking.tolist() == [i == 2 for i in range(num)]
+    assert count == 1
+
+
+def test_a_tie_at_the_border_lacks() -> None:
+    vectors = np.ones((2, 3, 2), np.float32)
+    vectors[1, :, 0] = [3, 2, 1]
+    rows = np.array([[0, 1, 2], [0, 1, 2]])
+    out_scores, out_rows, lacking = np.empty((2, 2), np.float32), np.empty((2, 2), np.int64), np.empty(2, np.bool_)
+    none, offsets = np.empty(0, np.int64), np.zeros(3, np.int64)
+    queries = np.ones((2, 2), np.float32)
+    assert kernels.best_unseen(queries, rows, vectors, False, 2, none, offsets, out_scores, out_rows, lacking) == 1
+    assert lacking.tolist() == [True, False]
+
+
+def test_pool() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((6, 3)).astype(np.float32)
+    weights = rng.random(6).astype(np.float32)
+    offsets = np.array([0, 2, 2, 6])
+    out = np.full((3, 3), np.nan, np.float32)
+    kernels.pool(rows, offsets, weights, out)
+    for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        np.testing.assert_allclose(out[i], (weights[start:stop, None] * rows[start:stop]).sum(0), rtol=1e-6)
