@@ -44,7 +44,7 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# Each prints one JSON object as its last line; LEXSHARD_DATA names the folder with the public data sets.
+# Each prints one JSON object as its last line. gowalla and diginetica need LEXSHARD_DATA, the folder with the data sets.
 bench: setup
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
 

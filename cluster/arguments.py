@@ -32,7 +32,6 @@ def _add_preparing(add: Add) -> None:
 
     sub = add("config", "print every setting with its meaning and the value in force, as TOML")
     sub.add_argument("config", nargs="?", metavar="CONFIG", help="a TOML file; without one the defaults are shown")
-    sub.add_argument("--show", action="store_true", help="what the command does anyway")
     _add_set(sub)
 
     sub = add("sessions", "turn an event log (one row per event) into sessions")
@@ -78,7 +77,7 @@ def _add_training(add: Add) -> None:
     sub.add_argument(
         "--out", default="", metavar="PATH", help="folder of versions (default RUN/artifacts); with --to: the file"
     )
-    sub.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint to publish")
+    sub.add_argument("--which", choices=("best", "last"), help="checkpoint to publish (default best)")
     sub.add_argument(
         "--precision", choices=("fp32", "fp16", "int8"), help="of the vectors; short for --set export.precision="
     )
@@ -88,7 +87,7 @@ def _add_training(add: Add) -> None:
         choices=("word2vec", "word2vec-binary", "parquet"),
         help="write the published vectors to one file instead",
     )
-    sub.add_argument("--vectors", default="item", metavar="NAME", help="with --to: the vector set (default item)")
+    sub.add_argument("--vectors", metavar="NAME", help="with --to: the vector set (default item)")
     _add_set(sub)
 
     sub = add("evaluate", "measure a run's checkpoint and artifact over the whole catalogue")

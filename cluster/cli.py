@@ -32,6 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `lexshard ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a path that cannot be written, a full disk
+        if os.environ.get("LEXSHARD_DEBUG") == "1":
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        sys.stderr.write(f"lexshard: error: {where}{error.strerror or _first_line(error)}\n")
+        return 2
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 # ---------------------------------------------------------------- commands
@@ -105,6 +115,8 @@ def _train(args: Arguments) -> int:
     print(f"trained {result['epochs']} epochs in {duration(result['seconds'])}: {result['run']}")
     for metric, value in result["best"].items():
         print(f"best {metric} {value:.4f}, after epoch {result['best_epoch']}")
+    if result["bad_rows"]:
+        print(f"left out: {result['bad_rows']:,} bad rows")
     print(f"next: lexshard export {result['run']}")
     return 0
 
@@ -112,6 +124,8 @@ def _train(args: Arguments) -> int:
 def _export(args: Arguments) -> int:
     if args.to:
         return _interchange(args)
+    if args.vectors:
+        raise SettingError("--vectors", "is for --to; a published version has all vectors")
     from cluster.console import watching
 
     run = _run_folder(args.run)
@@ -121,7 +135,7 @@ def _export(args: Arguments) -> int:
     overrides += [f"export.precision={args.precision}"] if args.precision else []
     overrides += [f"export.index={args.index}"] if args.index else []
     with watching(every_seconds=0.0) as listener:
-        path = export_run(run, out=args.out, which=args.which, overrides=overrides, on_event=listener)
+        path = export_run(run, out=args.out, which=args.which or "best", overrides=overrides, on_event=listener)
     print(path)
     print(f"next: lexshard serve {args.out or args.run}", file=sys.stderr)
     return 0
@@ -130,13 +144,17 @@ def _export(args: Arguments) -> int:
 def _interchange(args: Arguments) -> int:
     if not args.out:
         raise SettingError("--out", f"is needed with --to {args.to}: the file to write")
+    for name in ("which", "precision", "index", "set"):
+        if getattr(args, name):
+            raise SettingError(f"--{name}", f"has no effect with --to {args.to}, which converts what is published")
     folder = _artifact_folder(args.run)
     from embedding_service.artifact import Artifact
     from embedding_service.interchange import write_parquet, write_word2vec
 
     artifact = Artifact.open(folder)
-    vectors = artifact.vectors(args.vectors)
-    keys = artifact.keys(artifact.manifest["vectors"][args.vectors]["keys"])
+    name = args.vectors or "item"
+    vectors = artifact.vectors(name)
+    keys = artifact.keys(artifact.manifest["vectors"][name]["keys"])
     if args.to == "parquet":
         write_parquet(args.out, keys, vectors)
     else:
@@ -163,7 +181,8 @@ def _evaluate(args: Arguments) -> int:
 def _serve(args: Arguments) -> int:
     from cluster.config import load_config
 
-    overrides = [f"serve.{name}={value}" for name in ("host", "port", "replicas") if (value := getattr(args, name))]
+    chosen = {name: getattr(args, name) for name in ("host", "port", "replicas")}
+    overrides = [f"serve.{name}={value}" for name, value in chosen.items() if value is not None]
     folder = _artifact_folder(args.path)
     run_config = Path(args.path) / "config.toml"
     settings = load_config(run_config if run_config.exists() else None, [*args.set, *overrides]).serve
@@ -206,19 +225,35 @@ def _ask_service(args: Arguments) -> dict[str, Any]:
 
 def _get(url: str) -> bytes:
     """The body of a JSON answer. Raises LexshardError with the service's reason."""
-    from urllib.error import HTTPError, URLError
-    from urllib.request import urlopen
+    import http.client
+    from urllib.error import HTTPError
+    from urllib.request import ProxyHandler, build_opener
 
-    service = url.split("/v1/")[0]
+    service, _, _ = url.partition("/v1/")
+    opener = build_opener(ProxyHandler({})) if _is_loopback(service) else build_opener()
     try:
-        with urlopen(url, timeout=60) as response:
+        with opener.open(url, timeout=60) as response:
             body: bytes = response.read()
-        json.loads(body)
+        if not isinstance(json.loads(body)["items"], list):
+            raise ValueError("its answer has no items")
     except HTTPError as error:
         raise LexshardError(f"{service} answered {error.code}: {_reason_in(error.read())}") from None
-    except (URLError, TimeoutError, ValueError) as error:
-        raise LexshardError(f"{service} does not answer as a lexshard service: {error}") from None
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+        problem = str(error) or type(error).__name__
+        raise LexshardError(f"{service} does not answer as a lexshard service: {problem}") from None
     return body
+
+
+def _is_loopback(service: str) -> bool:
+    """Whether the URL means this machine, where no proxy is asked."""
+    import ipaddress
+    from urllib.parse import urlsplit
+
+    try:
+        host = urlsplit(service).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _reason_in(body: bytes) -> str:
@@ -240,11 +275,18 @@ def _ask_artifact(args: Arguments) -> dict[str, Any]:
     if args.kind == "similar":
         results = retriever.similar(keys, args.k)
     else:
-        users = [_typed(args.user, artifact.keys("user").key_type)] if args.user else None
+        users = [_typed(args.user, _user_keys(artifact).key_type)] if args.user else None
         results = retriever.recommend([keys], args.k, users=users)
     scores = results.scores[0].tolist()
     items = [{"key": key, "score": score} for key, score in zip(results.keys[0], scores, strict=False)]
     return {"version": artifact.version, "items": items, "cold_start": results.cold_start[0]}
+
+
+def _user_keys(artifact: Any) -> Any:
+    """The users that the artifact's query tower sees. Raises LexshardError."""
+    if all(block.source != "user" for block in artifact.query_tower().spec.inputs):
+        raise LexshardError("--user: the model of this artifact sees no users; leave it out")
+    return artifact.keys("user")
 
 
 def _typed(key: str, key_type: str) -> int | str:
@@ -276,9 +318,11 @@ def _submit(args: Arguments) -> int:
 
 
 def _demo(args: Arguments) -> int:
-    from urllib.request import urlopen
-
+    from cluster.config import load_config
     from cluster.console import table, watching
+
+    asked = [] if args.port is None else [f"serve.port={args.port}"]
+    wanted = load_config(None, asked).serve.port
     from embedding_service.app import serve_artifact
     from trainers.demo import METRICS, run_demo
 
@@ -289,12 +333,11 @@ def _demo(args: Arguments) -> int:
     print()
     for question, answers in demo.examples:
         print(f"{question}:\n    {', '.join(answers)}")
-    port = args.port or _free_port(8000)
+    port = wanted if asked else _free_port(wanted)
     print(f"\nserving {demo.served}", flush=True)
     with serve_artifact(demo.served, port=port) as service:
         print(f"try: curl '{service.address}{demo.question}'")
-        with urlopen(service.address + demo.question, timeout=60) as response:
-            answer = json.load(response)
+        answer = json.loads(_get(service.address + demo.question))
         print(f"     {', '.join(item['key'] for item in answer['items'])}")
         if sys.stdout.isatty():
             print(f"documentation: {service.address}/docs; Ctrl-C stops", flush=True)

@@ -1,8 +1,8 @@
 """The one configuration tree: what every setting is called, what it means, and its default.
 
 A run is described by one TOML file whose tables are the sections below; `--set section.name=value` overrides a single
-setting; `${NAME}` in a text is the environment variable NAME. `lexshard config --show` prints this file's
-documentation with the values in force. Below the command line nothing sees this tree whole: builders take plain
+setting; `${NAME}` in a text is the environment variable NAME. `lexshard config` prints this file's documentation
+with the values in force. Below the command line nothing sees this tree whole: builders take plain
 arguments.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import tomllib
@@ -22,10 +23,16 @@ from typing import Any, Literal
 
 from cluster.errors import SettingError
 
+Kind = Literal["item2vec", "two_tower"]
 
-def setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A field with its documentation and, for numbers, the closed range it must lie in."""
-    metadata = {"doc": doc, "low": low, "high": high}
+
+def setting(
+    default: Any, doc: str, *, low: float | None = None, high: float | None = None, kind: Kind | None = None
+) -> Any:
+    """A field with its documentation, for numbers (and lists of them) the closed range they must lie in, and the kind
+    of model that it belongs to if it does not concern both.
+    """
+    metadata = {"doc": doc if kind is None else f"{kind}: {doc}", "low": low, "high": high, "kind": kind}
     if isinstance(default, (dict, list)):
         raise TypeError("defaults are immutable: use a tuple")
     return field(default=default, metadata=metadata)
@@ -45,9 +52,12 @@ class DataSettings:
         "column of validation / test rows with the items the model may see; empty: the user's training sessions",
     )
     mask_seen: bool = setting(True, "evaluation leaves out what the history holds, as `exclude_seen` does when serving")
-    time: str = setting("", "optional timestamp column of a session")
-    query_features: tuple[str, ...] = setting((), "categorical columns of a session for the query tower")
-    item_features: str = setting("", "Parquet side table of items: column `item` plus categorical columns")
+    query_features: tuple[str, ...] = setting(
+        (), "categorical columns of a session for the query tower", kind="two_tower"
+    )
+    item_features: str = setting(
+        "", "Parquet side table of items: column `item` plus categorical columns", kind="two_tower"
+    )
     holdout: Literal["none", "items", "last_item", "sessions", "last_sessions"] = setting(
         "none",
         "what validation hides when `valid` is empty: a share of every session's items, each session's last item, "
@@ -56,7 +66,7 @@ class DataSettings:
     holdout_fraction: float = setting(0.05, "share of items or sessions held out", low=0.0, high=0.9)
     bad_rows: Literal["error", "skip"] = setting("error", "a bad row stops the run, or is skipped and counted")
     shuffle_sessions: int = setting(
-        131_072, "sessions shuffled together; two such windows are in memory at a time", low=1
+        131_072, "sessions shuffled together; at most three such windows are in memory", low=1
     )
 
 
@@ -79,28 +89,37 @@ class ModelSettings:
         0.8, "weight of a history item falls by this factor per step into the past (1: plain mean)", low=0.0, high=1.0
     )
     history_length: int = setting(20, "most recent history items that the query sees; 0: all", low=0)
-    # item2vec
-    window: int = setting(0, "item2vec: context window in items to each side; 0: the whole session", low=0)
-    ordered: bool = setting(True, "item2vec: sessions have an order; false: baskets, shuffled anew in every epoch")
-    negatives: int = setting(10, "item2vec: negatives per target", low=1)
-    negative_exponent: float = setting(0.5, "item2vec: negatives are drawn by count ** this", low=-1.0, high=1.0)
-    subsample: float = setting(0.0, "item2vec: keys above this share of all events are thinned out; 0: never", low=0.0)
-    # two_tower
-    query: tuple[str, ...] = setting(("history",), "two_tower: what the query tower sees, of user, history, last_item")
-    share_items: bool = setting(True, "two_tower: history and candidates share one item table")
-    hidden: tuple[int, ...] = setting((), "two_tower: widths of hidden layers of both towers; empty: no MLP")
+    window: int = setting(0, "context window in items to each side; 0: the whole session", low=0, kind="item2vec")
+    ordered: bool = setting(
+        True, "sessions have an order; false: baskets, shuffled anew in every epoch", kind="item2vec"
+    )
+    negatives: int = setting(10, "negatives per target", low=1, kind="item2vec")
+    negative_exponent: float = setting(0.5, "negatives are drawn by count ** this", low=-1.0, high=1.0, kind="item2vec")
+    subsample: float = setting(
+        0.0, "keys above this share of all events are thinned out; 0: never", low=0.0, kind="item2vec"
+    )
+    query: tuple[str, ...] = setting(
+        ("history",), "what the query tower sees, of user, history, last_item", kind="two_tower"
+    )
+    share_items: bool = setting(True, "history and candidates share one item table", kind="two_tower")
+    hidden: tuple[int, ...] = setting(
+        (), "widths of hidden layers of both towers; empty: no MLP", low=1, kind="two_tower"
+    )
     examples: Literal["every_item", "next_item", "last_item"] = setting(
         "next_item",
-        "two_tower: every item of a basket given the others, every item given those before it, or only the last",
+        "every item of a basket given the others, every item given those before it, or only the last",
+        kind="two_tower",
     )
-    temperature: float = setting(0.1, "two_tower: InfoNCE temperature", low=1e-3, high=10.0)
+    temperature: float = setting(0.1, "InfoNCE temperature", low=1e-3, high=10.0, kind="two_tower")
     mask: Literal["item", "session"] = setting(
-        "session", "two_tower: not taken as negatives: the positive item itself, or all items of its session"
+        "session",
+        "not taken as negatives: the positive item itself, or all items of its session",
+        kind="two_tower",
     )
     logq: float = setting(
-        1.0, "two_tower: strength of the sampling correction of in-batch negatives", low=0.0, high=1.0
+        1.0, "strength of the sampling correction of in-batch negatives", low=0.0, high=1.0, kind="two_tower"
     )
-    normalize: bool = setting(True, "two_tower: vectors have unit length")
+    normalize: bool = setting(True, "vectors have unit length", kind="two_tower")
 
 
 @dataclass(frozen=True)
@@ -113,14 +132,17 @@ class TrainSettings:
     )
     history_length: int = setting(
         0,
-        "two_tower: most history items an example sees in training (of a basket: that many at random); 0: as served",
+        "most history items an example sees in training (of a basket: that many at random); 0: as served",
         low=0,
+        kind="two_tower",
     )
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = setting(
-        "rowwise_adagrad", "two_tower: optimiser of the tables (item2vec always is SGD, as published)"
+        "rowwise_adagrad", "optimiser of the tables (item2vec always is SGD, as published)", kind="two_tower"
     )
     learning_rate: float = setting(0.05, "peak learning rate of the tables", low=0.0)
-    dense_learning_rate: float = setting(1e-3, "peak learning rate of the towers' weights (Adam)", low=0.0)
+    dense_learning_rate: float = setting(
+        1e-3, "peak learning rate of the towers' weights (Adam)", low=0.0, kind="two_tower"
+    )
     warmup: float = setting(0.0, "share of the training over which the rate rises to its peak", low=0.0, high=1.0)
     final_rate: float = setting(
         0.0, "share of the peak rate at the end of the linear decay; 1: constant", low=0.0, high=1.0
@@ -153,7 +175,9 @@ class ClusterSettings:
     engine: Literal["auto", "inline", "ray"] = setting("auto", "auto: inline for one worker, Ray Train for more")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     address: str = setting("", "Ray cluster to join (`auto`, or host:port); empty: a local one is started")
-    max_failures: int = setting(3, "restarts of failed workers before the run gives up; -1: no limit", low=-1)
+    max_failures: int = setting(
+        3, "restarts after a worker's death before the run gives up; -1: no limit. Errors are not retried", low=-1
+    )
 
 
 @dataclass(frozen=True)
@@ -184,7 +208,7 @@ class ServeSettings:
 class Config:
     """One run."""
 
-    run: str = setting("runs/default", "folder of the run: checkpoints, metrics, artifacts")
+    run: str = setting("runs/default", "folder of the run, local or mounted: checkpoints, metrics, artifacts")
     data: DataSettings = DataSettings()
     keys: KeySettings = KeySettings()
     model: ModelSettings = ModelSettings()
@@ -202,7 +226,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     tree: dict[str, Any] = {}
     if file is not None:
         try:
-            tree = tomllib.loads(Path(file).read_text())
+            tree = tomllib.loads(Path(file).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise SettingError(str(file), "there is no such config file") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
@@ -217,7 +241,16 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
     """The checked config of a nested mapping (as TOML or JSON gives it). Raises SettingError."""
-    return typing.cast(Config, _build(Config, tree, ""))
+    config = typing.cast(Config, _build(Config, tree, ""))
+    if "://" in config.run:
+        raise SettingError(
+            "run", f"must be a local or mounted folder, which checkpoints need; got {config.run} (sessions may be URLs)"
+        )
+    for path, spec, value in _leaves(config, ""):
+        kind = spec.metadata["kind"]
+        if kind not in (None, config.model.kind) and value != spec.default:
+            raise SettingError(path, f"belongs to {kind}, but model.kind is {config.model.kind}; leave it out")
+    return config
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -240,8 +273,13 @@ def to_toml(config: Config) -> str:
         if parents and parents[0] != section:
             section = parents[0]
             lines += ["", f"[{section}]"]
-        lines += [f"# {doc}", f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}"]
+        lines += [f"# {doc}", f"{name} = {_toml_value(value)}"]
     return "\n".join(lines).lstrip() + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    """JSON is TOML, but for characters beyond 16 bits, which JSON escapes in halves, and DEL, which it does not."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _expand(value: Any, path: str) -> Any:
@@ -325,7 +363,7 @@ def _check(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any
             value = [value]
         if not isinstance(value, (list, tuple)):
             raise SettingError(path, f"must be a list; got {value!r}")
-        return tuple(_check(f"{path}[{i}]", item, typing.get_args(hint)[0], {}) for i, item in enumerate(value))
+        return tuple(_check(f"{path}[{i}]", item, typing.get_args(hint)[0], metadata) for i, item in enumerate(value))
     if origin is types.UnionType:
         raise TypeError(f"{path}: unions are not used in the config tree")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -335,8 +373,8 @@ def _check(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise SettingError(path, f"must be {_TYPE_NAMES[hint]}; got {value!r}")
     low, high = metadata.get("low"), metadata.get("high")
-    if isinstance(value, float) and value != value:
-        raise SettingError(path, "must be a number; got nan")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingError(path, f"must be a finite number; got {value}")
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
         raise SettingError(path, f"must be {bounds}; got {value!r}")

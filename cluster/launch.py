@@ -42,14 +42,14 @@ def launch(
         worker and Ray for more.
     address: the Ray cluster to join; empty: the one RAY_ADDRESS names (as in a submitted job), or else a local one,
         started for this call and stopped after it. A Ray that this process has joined already is used, and left.
-    max_failures: times that died or crashed workers are started again; -1: no limit. An error of the user's
-        (LexshardError) is never retried. Inline nothing is: the process that would restart is the one that died.
-    storage: a folder or URL that all workers reach; Ray keeps its notes in `.ray` below it.
+    max_failures: times that workers are started again after one has died; -1: no limit. An exception of `fn` ends the
+        run at once. Inline nothing is restarted: the process that would do it is the one that died.
+    storage: a folder that all workers reach; Ray keeps its notes in `.ray` below it.
     threads: threads per worker; 0: the machine's cores shared by its workers.
     on_event: called in this process with every dict that rank 0 hands to `report`; the default writes one line each.
 
-    Raises what `fn` raised if that is a LexshardError, LaunchError when the workers cannot be started or fail too
-    often, and inline whatever `fn` raised.
+    Raises what `fn` raised if that is a LexshardError or if it ran inline; LaunchError when `fn` raised anything else
+    on a Ray worker, and when the workers cannot be started or die too often.
     """
     listener = on_event or _write_line
     if engine == "inline" and workers != 1:

@@ -59,7 +59,12 @@ def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
 
 
 def current_rank(device: Device = "auto") -> Rank:
-    """This process's place, from the environment that Ray Train or torchrun set; alone in the world without one."""
+    """This process's place, from the environment that Ray Train or torchrun set; alone in the world without one.
+
+    In a process group `auto` is the device that the group was made for, whatever this machine has.
+    """
+    if device == "auto" and dist.is_initialized():
+        device = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     kind = resolve_device(device)
     return Rank(
         rank=_number("RANK", 0),

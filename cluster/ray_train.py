@@ -20,10 +20,13 @@ import ray
 import ray.train.torch
 from pyarrow import fs
 from ray.exceptions import RayError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+from torch.distributed import DistError
 
 from cluster.errors import LaunchError, LexshardError, SettingError
 from cluster.launch import Json, Listener, Worker, reporting_to
+from cluster.local_ray import start_local_ray
 from cluster.mailbox import Sender, open_mailbox
 from cluster.rank import backend_of, current_rank, num_cores, torch_threads
 from cluster.storage import open_filesystem
@@ -42,6 +45,9 @@ _LOCAL_RAY_SETTINGS = {  # a Ray of our own serves one run on one machine
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
+# Of a collective call. Rank 0 prepares the data while the others wait for it, maybe for hours. It need not be short,
+# because a worker that dies closes its connections and fails Ray's health check, both within seconds.
+_GROUP_TIMEOUT_SECONDS = 24 * 3600
 _OBJECT_STORE_BYTES = 256 * 2**20  # of a local Ray: only functions and events pass through it
 
 
@@ -68,10 +74,12 @@ def run_on_ray(
             try:
                 return _run_once(job, workers=workers, kind=kind, storage=storage, name=name)
             except ray.train.TrainingFailedError as error:
+                if not _had_started(error):
+                    raise LaunchError(f"the workers could not be started: {_reason(error)}") from error
+                if (bug := _error_of_fn(error)) is not None:
+                    raise LaunchError(bug) from error
                 failures += 1
                 reason = _reason(error)
-                if not _is_death(error):
-                    raise LaunchError(f"the workers could not be started: {reason}") from error
                 if failures > max_failures >= 0:
                     raise LaunchError(_too_often(failures, max_failures, reason)) from error
                 limit = "" if max_failures < 0 else f" of {max_failures}"
@@ -79,7 +87,7 @@ def run_on_ray(
 
 
 def _run_once(job: dict[str, Any], *, workers: int, kind: str, storage: str, name: str) -> Json:
-    """One life of the worker group. Raises TrainingFailedError when a worker died or crashed."""
+    """One life of the worker group. Raises TrainingFailedError when a worker died or `fn` raised."""
     notes = f"{storage.rstrip('/')}/.ray"
     if "://" not in notes:
         notes = os.path.abspath(os.path.expanduser(notes))
@@ -90,7 +98,7 @@ def _run_once(job: dict[str, Any], *, workers: int, kind: str, storage: str, nam
         scaling_config=_TRAIN.ScalingConfig(
             num_workers=workers, use_gpu=kind == "cuda", resources_per_worker={"CPU": 1} | _gpus(kind)
         ),
-        torch_config=_TRAIN.torch.TorchConfig(backend=backend_of(kind)),
+        torch_config=_TRAIN.torch.TorchConfig(backend=backend_of(kind), timeout_s=_GROUP_TIMEOUT_SECONDS),
         run_config=_TRAIN.RunConfig(
             name=attempt,
             storage_path=notes,
@@ -159,19 +167,13 @@ def _cluster(address: str, *, num_cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any]
-    if address:
-        where, options = f"the Ray cluster at {address} cannot be joined", {"address": address}
-    else:
-        where = "a local Ray cannot be started"
-        options = {
-            "address": "local",
-            "num_cpus": num_cpus,
-            "include_dashboard": False,
-            "object_store_memory": _OBJECT_STORE_BYTES,
-        }
+    where = f"the Ray cluster at {address} cannot be joined" if address else "a local Ray cannot be started"
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            start_local_ray(num_cpus=num_cpus, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise LaunchError(f"{where}: {_first_line(error)}") from None
     try:
@@ -253,18 +255,43 @@ def _remove(notes: str, attempt: str) -> None:
 # ---------------------------------------------------------------- what went wrong
 
 
-def _is_death(error: ray.train.TrainingFailedError) -> bool:
+def _had_started(error: ray.train.TrainingFailedError) -> bool:
     """Whether workers failed, and not their placement."""
     # A worker that dies while others still start takes Ray's controller with it; so its own policy would not retry.
     cause = getattr(error, "controller_failure", None)
     return cause is None or isinstance(cause, RayError)
 
 
+def _error_of_fn(error: ray.train.TrainingFailedError) -> str | None:
+    """What `fn` itself raised, in one line; None if a worker died, or has lost another: only that may end better."""
+    failures = getattr(error, "worker_failures", {})
+    if any(_is_death(failure) for failure in failures.values()):
+        return None
+    for rank, failure in sorted(failures.items()):
+        if not _is_lost_connection(failure):
+            return f"worker {rank} failed: {type(failure).__name__}: {_first_line(failure)}"
+    return None
+
+
+def _is_death(failure: BaseException) -> bool:
+    if isinstance(failure, WorkerHealthCheckFailedError):
+        return isinstance(failure.health_check_failure, RayError)
+    return isinstance(failure, WorkerHealthCheckTimeoutError)
+
+
+def _is_lost_connection(failure: BaseException) -> bool:
+    """Whether a collective call failed because another worker was gone; gloo has no class of its own for that."""
+    if isinstance(failure, DistError):
+        return True
+    told = str(failure)
+    return isinstance(failure, RuntimeError) and ("gloo" in told or "Connection" in told or "Broken pipe" in told)
+
+
 def _reason(error: ray.train.TrainingFailedError) -> str:
     """The root cause in one line: a dead process before the errors of the workers that missed it."""
     failures = getattr(error, "worker_failures", {})
     for rank, failure in sorted(failures.items()):
-        if isinstance(getattr(failure, "health_check_failure", None), RayError):
+        if _is_death(failure):
             return f"worker {rank} died (killed, out of memory, or crashed)"
     for rank, failure in sorted(failures.items()):
         return f"worker {rank} failed: {type(failure).__name__}: {_first_line(failure)}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.errors import LaunchError
+from cluster.errors import LaunchError, SettingError
 
 Status = Literal["SUCCEEDED", "FAILED", "STOPPED"]
 
@@ -31,15 +31,18 @@ def submit(
     """Run `lexshard <arguments>` as a job of the cluster whose job server is at `address` (http://host:8265).
 
     working_dir: the folder that is packed up and becomes the job's; `runs`, `data`, `.venv` and `.git` stay here, so
-        the config names data and run by paths or URLs that the cluster reaches.
+        the config names sessions by paths or URLs that all machines reach, and as run a folder that they share.
     python: the interpreter to run on the cluster; it has lexshard's dependencies.
     on_log: gets the job's output, piece by piece, as it is written.
 
-    Raises LaunchError when the job cannot be submitted or followed.
+    Raises SettingError for an address that is no URL, LaunchError when the job cannot be submitted or followed.
     """
+    if not address.startswith(("http://", "https://")):
+        raise SettingError("--address", f"must be the URL of the job server, like http://HOST:8265; got {address}")
     folder = Path(working_dir)
     if not folder.is_dir():
         raise LaunchError(f"--working-dir {working_dir}: there is no such folder")
+    from ray.exceptions import RayError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
@@ -51,7 +54,7 @@ def submit(
             entrypoint=shlex.join([python, "-m", "cluster.cli", *arguments]),
             runtime_env={"working_dir": str(folder.resolve()), "excludes": list(_EXCLUDED)},
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise LaunchError(f"no job could be submitted to {address}: {error}") from None
     on_log(f"job {job} submitted\n")
 
@@ -62,7 +65,7 @@ def submit(
     try:
         asyncio.run(follow())
         info = client.get_job_info(job)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, RayError) as error:
         raise LaunchError(f"job {job} goes on, but its log was lost ({error}); see `ray job status {job}`") from None
     if not JobStatus(info.status).is_terminal():
         raise LaunchError(f"job {job} goes on, but its log ended; see `ray job status {job}`")
@@ -72,7 +75,10 @@ def submit(
 
 
 def _submit_when_ready(client: Any, **job: Any) -> str:
-    """Submit, and again as long as the cluster's agents are not up yet. Raises RuntimeError."""
+    """Submit, and again as long as the cluster's agents are not up yet. Raises RuntimeError.
+
+    Asked again every second: the job server has nothing else that would tell when the first agent has come up.
+    """
     deadline = time.monotonic() + _READY_SECONDS
     while True:
         try:

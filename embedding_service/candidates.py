@@ -65,7 +65,7 @@ class Candidates:
         scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         lacking = np.empty(len(queries), np.bool_)
         if kernels.best_unseen(
-            queries, found, self.vectors.take(found), self._metric == "cosine", wanted, seen.values, seen.offsets,
+            queries, found, *self.vectors.stored, self._metric == "cosine", wanted, seen.values, seen.offsets,
             scores, rows, lacking,
         ):  # fmt: skip
             members = np.flatnonzero(lacking)

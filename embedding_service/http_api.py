@@ -1,16 +1,18 @@
 """The HTTP interface over a retriever: an ASGI application that knows nothing of the server that runs it.
 
     GET  /v1/similar?key=&k=                                POST /v1/similar    {"key"} or {"keys"}
-                                                            POST /v1/search     {"vector"} or {"vectors"}
+                                                            POST /v1/search     {"vector"} or {"vectors"} or Arrow
     GET  /v1/recommend?items=&items=&user=&exclude_seen=    POST /v1/recommend  {"session"} or {"sessions"}
     GET  /v1/version, /v1/health, /openapi.json, /docs
 
 A single query is answered with {"version", "items": [{"key", "score"}]}, a batch with {"version", "results": []}: one
-such answer per query. The client's mistakes are answered with 4xx and {"error": {"code", "message"}}.
+such answer per query, and an Arrow stream with an Arrow stream (`http_arrow`). The client's mistakes are answered with
+4xx and {"error": {"code", "message"}}.
 
 At thousands of requests per second routing and JSON are the cost: a route is one dictionary look-up, and a single
-query is answered right on the event loop. What takes longer than a moment runs in threads (FAISS releases the GIL), so
-that a batch of ten thousand queries does not hold up the others or the health check.
+query is answered right on the event loop, together with those that wait beside it (`http_turns`). What takes longer
+than a moment runs in threads (FAISS releases the GIL), so that a batch of ten thousand queries does not hold up the
+others or the health check.
 """
 
 from __future__ import annotations
@@ -21,15 +23,18 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import parse_qsl
 
 import orjson
 
 from cluster.errors import DataError, KeyNotFound, SettingError
-from embedding_service.http_queries import KeyMap, Queries, Retrieval, Work
-from embedding_service.http_schema import Catalogue, Limits, Problem, openapi
+from embedding_service.http_queries import KeyMap, Queries, Retrieval, Single, Work
+from embedding_service.http_schema import ARROW_TYPE, Catalogue, Limits, Problem, openapi
+from embedding_service.http_turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +45,8 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 _INLINE_SECONDS = 0.002  # requests expected to take longer run in a thread
 _INLINE_BODY_BYTES = 64 * 1024
-_WARM_UP_QUERIES = 20
+_WARM_UP_ROUNDS = 20
+_WARM_UP_BATCH = 16
 _DOCS = Path(__file__).with_name("docs.html")
 _DOCS_POLICY = b"default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 
@@ -67,10 +73,11 @@ class HttpApi:
         threads: int = 1,
     ) -> None:
         """`items`, `users`: the key maps of the catalogue; `threads`: how many large requests are worked on at once."""
-        queries = Queries(retriever, catalogue, items, users, limits=limits)
+        self._queries = queries = Queries(retriever, catalogue, items, users, limits=limits)
         self._retriever, self._items, self._limits = retriever, items, limits
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="retrieval")
-        self._query_seconds = 0.0
+        self._call_seconds = self._query_seconds = 0.0  # what a call takes, and each query in it
+        self._turns = Turns(queries.answers, self._is_quick, self._pool)
         self._pages = _pages(catalogue, queries, limits)
         self._gets = {"/v1/similar": queries.get_similar, "/v1/recommend": queries.get_recommend}
         self._posts = {
@@ -78,17 +85,22 @@ class HttpApi:
             "/v1/search": queries.post_search,
             "/v1/recommend": queries.post_recommend,
         }
+        self._arrow_posts = {"/v1/search": queries.arrow_search}
 
     def warm_up(self) -> None:
-        """Answer a query a few times, so that files are mapped and code is compiled, and note what one takes."""
-        keys = [self._items.keys[0].as_py()]
-        seconds = []
-        for _ in range(_WARM_UP_QUERIES):
-            start = time.perf_counter()
-            self._retriever.recommend([keys], 10)
-            seconds.append(time.perf_counter() - start)
+        """Answer queries a few times, so that files are mapped and code is compiled, and note what they take."""
+        keys = self._items.keys[:_WARM_UP_BATCH].to_pylist()
+        sessions = [[key] for key in keys] * (_WARM_UP_BATCH // len(keys))
+        seconds: dict[int, list[float]] = {1: [], len(sessions): []}
+        for _ in range(_WARM_UP_ROUNDS):
+            for size, taken in seconds.items():
+                start = time.perf_counter()
+                self._retriever.recommend(sessions[:size], 10)
+                taken.append(time.perf_counter() - start)
             self._retriever.similar(keys, 10)
-        self._query_seconds = sorted(seconds)[len(seconds) // 2]
+        one, batch = (median(taken) for taken in seconds.values())
+        self._query_seconds = max(0.0, batch - one) / (len(sessions) - 1)
+        self._call_seconds = max(0.0, one - self._query_seconds)
 
     def close(self) -> None:
         """Give the threads back, after the requests they work on."""
@@ -146,15 +158,28 @@ class HttpApi:
                 return Response(307, b"", headers=((b"location", f"{root}/docs".encode()),))
         elif method == "POST" and (post := self._posts.get(path)):
             body = await _read_body(scope, receive, self._limits.max_body_bytes)
+            check: Callable[[], Work | Single] = partial(post, body)
+            if (arrow := self._arrow_posts.get(path)) and _content_type(scope) == ARROW_TYPE:
+                check = partial(arrow, body, _parameters(scope["query_string"]))
             if len(body) > _INLINE_BODY_BYTES:  # parsing alone takes a while
-                return await self._in_thread(lambda: _answer(post(body)))
-            return await self._run(post(body))
+                return await self._in_thread(lambda: self._answer(check()))
+            return await self._run(check())
         return self._no_such(method, path)
 
-    async def _run(self, work: Work) -> Response:
-        if work.num_queries * self._query_seconds <= _INLINE_SECONDS:
-            return _answer(work)
-        return await self._in_thread(lambda: _answer(work))
+    async def _run(self, work: Work | Single) -> Response:
+        if isinstance(work, Single):
+            return _ok(await self._turns.ask(work.group, work.query))
+        if self._is_quick(work.num_queries):
+            return self._answer(work)
+        return await self._in_thread(lambda: self._answer(work))
+
+    def _answer(self, work: Work | Single) -> Response:
+        if isinstance(work, Single):
+            return _ok(self._queries.answers(work.group, [work.query])[0])
+        return _ok(work.answer())
+
+    def _is_quick(self, num_queries: int) -> bool:
+        return self._call_seconds + num_queries * self._query_seconds <= _INLINE_SECONDS
 
     async def _in_thread(self, task: Callable[[], Response]) -> Response:
         return await asyncio.get_running_loop().run_in_executor(self._pool, task)
@@ -196,6 +221,13 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
+def _content_type(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            return str(value.decode("latin-1").split(";")[0].strip().lower())
+    return ""
+
+
 def _parameters(query: bytes) -> list[tuple[str, str]]:
     try:
         return parse_qsl(query.decode(), keep_blank_values=True, errors="strict")
@@ -203,8 +235,10 @@ def _parameters(query: bytes) -> list[tuple[str, str]]:
         raise Problem(400, "invalid_request", "the query string is not UTF-8") from None
 
 
-def _answer(work: Work) -> Response:
-    return Response(200, orjson.dumps(work.answer()))
+def _ok(answer: dict[str, Any] | bytes) -> Response:
+    if isinstance(answer, bytes):
+        return Response(200, answer, ARROW_TYPE.encode())
+    return Response(200, orjson.dumps(answer))
 
 
 def _error(status: int, code: str, message: str, headers: Headers = ()) -> Response:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
+from embedding_service.http_arrow import read_vectors, write_results
 from embedding_service.http_schema import Catalogue, Key, KeyType, Limits, Problem, RequestModels
 
 Parameters = list[tuple[str, str]]
@@ -19,6 +21,10 @@ class Results(Protocol):
 
     @property
     def keys(self) -> Sequence[Sequence[Key]]: ...
+    @property
+    def flat_keys(self) -> pa.Array: ...  # those of all queries, one after the other
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]: ...  # [n] how many keys each query has
     @property
     def scores(self) -> npt.NDArray[np.float32]: ...  # [n, k]
     @property
@@ -52,10 +58,31 @@ class KeyMap(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """A checked request: `answer` computes the JSON document that answers its `num_queries` queries."""
+    """A checked request: `answer` computes the JSON document, or the Arrow stream, that answers its queries."""
 
     num_queries: int
-    answer: Callable[[], dict[str, Any]]
+    answer: Callable[[], dict[str, Any] | bytes]
+
+
+class Similar(NamedTuple):
+    """Single queries for items similar to a key; those that are equal in this may be answered together."""
+
+    k: int
+
+
+class Recommend(NamedTuple):
+    """Single queries of a session and a user, or None; those that are equal in this may be answered together."""
+
+    k: int
+    exclude_seen: bool
+
+
+@dataclass(frozen=True)
+class Single:
+    """A checked single query; `Queries.answers` has the JSON document that answers it."""
+
+    group: Similar | Recommend
+    query: Any
 
 
 class Queries:
@@ -76,7 +103,7 @@ class Queries:
         self._catalogue, self._limits = catalogue, limits
         self._version = catalogue.version
 
-    def get_similar(self, parameters: Parameters) -> Work:
+    def get_similar(self, parameters: Parameters) -> Single:
         key: Key | None = None
         k = 10
         for name, value in parameters:
@@ -88,9 +115,9 @@ class Queries:
                 raise _no_such_parameter(name, ("key", "k"))
         if key is None:
             raise Problem(400, "invalid_request", "the parameter `key` is missing: /v1/similar?key=...&k=10")
-        return self._similar(key, k)
+        return Single(Similar(k), key)
 
-    def get_recommend(self, parameters: Parameters) -> Work:
+    def get_recommend(self, parameters: Parameters) -> Single:
         session: list[Key] = []
         user: Key | None = None
         k, exclude_seen = 10, True
@@ -109,12 +136,12 @@ class Queries:
                 raise _no_such_parameter(name, known)
         if len(session) > self._limits.max_session:
             raise Problem(413, "session_too_long", f"{len(session)} items; the limit is {self._limits.max_session}")
-        return self._recommend(session, k, user, {}, exclude_seen)
+        return Single(Recommend(k, exclude_seen), (session, user))
 
-    def post_similar(self, body: bytes) -> Work:
+    def post_similar(self, body: bytes) -> Work | Single:
         asked = self.models.parse(self.models.similar, body)
         if hasattr(asked, "key"):
-            return self._similar(asked.key, asked.k)
+            return Single(Similar(asked.k), asked.key)
         return self._batch(len(asked.keys), asked.k, lambda: self._similar_batch(asked.keys, asked.k))
 
     def post_search(self, body: bytes) -> Work:
@@ -131,12 +158,39 @@ class Queries:
 
         return self._batch(len(vectors), asked.k, answers)
 
-    def post_recommend(self, body: bytes) -> Work:
+    def arrow_search(self, body: bytes, parameters: Parameters) -> Work:
+        """`post_search` of an Arrow IPC stream, answered with one (see `http_arrow`)."""
+        k = 10
+        for name, value in parameters:
+            if name != "k":
+                raise _no_such_parameter(name, ("k",))
+            k = self._parse_k(value)
+        vectors = read_vectors(body, self._catalogue.dim, self._limits.max_batch)
+        self._check_size(len(vectors), k)
+
+        def answer() -> bytes:
+            found = self._retriever.search(vectors, k)
+            scores = found.scores
+            if found.lengths.min() < scores.shape[1]:
+                scores = scores[np.arange(scores.shape[1]) < found.lengths[:, None]]
+            return write_results(found.flat_keys, scores.ravel(), found.lengths, self._version)
+
+        return Work(len(vectors), answer)
+
+    def post_recommend(self, body: bytes) -> Work | Single:
         asked = self.models.parse(self.models.recommend, body)
         given = getattr(asked, "features", None)
         features = given.model_dump(exclude_none=True) if given is not None else {}
         if hasattr(asked, "session"):
-            return self._recommend(asked.session, asked.k, getattr(asked, "user", None), features, asked.exclude_seen)
+            user = getattr(asked, "user", None)
+            if not features:
+                return Single(Recommend(asked.k, asked.exclude_seen), (asked.session, user))
+            columns = {name: [value] for name, value in features.items()}
+            users = None if user is None else [user]
+            one = [asked.session]
+            return Work(
+                1, lambda: self._document(self._recommend_batch(one, asked.k, users, columns, asked.exclude_seen)[0])
+            )
         num_sessions = len(asked.sessions)
         users = getattr(asked, "users", None)
         columns = {"users": users} if users is not None else {}
@@ -151,8 +205,18 @@ class Queries:
             lambda: self._recommend_batch(asked.sessions, asked.k, users, features, asked.exclude_seen),
         )
 
-    def _similar(self, key: Key, k: int) -> Work:
-        return Work(1, lambda: {"version": self._version, "items": _items(self._retriever.similar([key], k))[0]})
+    def answers(self, group: Similar | Recommend, queries: list[Any]) -> list[dict[str, Any]]:
+        """The documents that answer single queries of one group. Raises KeyNotFound for an unknown key of `similar`."""
+        if isinstance(group, Similar):
+            found = self._retriever.similar(queries, group.k)
+            return [self._document({"items": items}) for items in _items(found)]
+        sessions = [session for session, _ in queries]
+        users = [user for _, user in queries]
+        given = None if users.count(None) == len(users) else users
+        return [self._document(one) for one in self._recommend_batch(sessions, group.k, given, {}, group.exclude_seen)]
+
+    def _document(self, answer: dict[str, Any]) -> dict[str, Any]:
+        return {"version": self._version, **answer}
 
     def _similar_batch(self, keys: list[Key], k: int) -> list[dict[str, Any]]:
         known = list(_known(self._items, keys))
@@ -162,17 +226,6 @@ class Queries:
             {"items": next(answers), "unknown": []} if ok else {"items": [], "unknown": [key]}
             for key, ok in zip(keys, known, strict=True)
         ]
-
-    def _recommend(
-        self, session: Sequence[Key], k: int, user: Key | None, features: dict[str, Key], exclude_seen: bool
-    ) -> Work:
-        users = None if user is None else [user]
-        columns = {name: [value] for name, value in features.items()}
-
-        def answer() -> dict[str, Any]:
-            return {"version": self._version, **self._recommend_batch([session], k, users, columns, exclude_seen)[0]}
-
-        return Work(1, answer)
 
     def _recommend_batch(
         self,
@@ -200,13 +253,16 @@ class Queries:
         ]
 
     def _batch(self, num_queries: int, k: int, answers: Callable[[], list[dict[str, Any]]]) -> Work:
+        self._check_size(num_queries, k)
+        return Work(num_queries, lambda: {"version": self._version, "results": answers()})
+
+    def _check_size(self, num_queries: int, k: int) -> None:
         if num_queries * k > self._limits.max_results:
             message = (
                 f"{num_queries} queries times k = {k} are {num_queries * k} results; "
                 f"the limit is {self._limits.max_results}: send several requests"
             )
             raise Problem(413, "batch_too_large", message)
-        return Work(num_queries, lambda: {"version": self._version, "results": answers()})
 
     def _parse_k(self, value: str) -> int:
         k = int(value) if value.isascii() and value.isdigit() and len(value) < 20 else 0

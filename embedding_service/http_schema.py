@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
+ARROW_TYPE = "application/vnd.apache.arrow.stream"
 Key = int | str
 KeyType = Literal["int64", "string"]
 
@@ -274,8 +275,10 @@ def openapi(catalogue: Catalogue, models: RequestModels, limits: Limits) -> dict
             "post": post("the same, one or many", models.similar, {"keys": [one_item]}, Answer, SimilarBatch),
         },
         "/v1/search": {
-            "post": post(
-                "items nearest to vectors", models.search, {"vector": [0.0] * catalogue.dim}, Answer, SearchBatch
+            "post": _with_arrow(
+                post("items nearest to vectors", models.search, {"vector": [0.0] * catalogue.dim}, Answer, SearchBatch),
+                catalogue,
+                k,
             ),
         },
         "/v1/recommend": {
@@ -295,6 +298,21 @@ def openapi(catalogue: Catalogue, models: RequestModels, limits: Limits) -> dict
     }
     servers = [{"url": "."}]
     return {"openapi": "3.1.0", "info": info, "servers": servers, "paths": paths, "components": {"schemas": schemas}}
+
+
+def _with_arrow(operation: dict[str, Any], catalogue: Catalogue, k: dict[str, Any]) -> dict[str, Any]:
+    """The operation on JSON, and on Arrow streams as well."""
+    key = "int64" if catalogue.key_type == "int64" else "string"
+    asked = f"an uncompressed stream with one column `vector`, fixed_size_list<float32>[{catalogue.dim}]: many queries"
+    answered = f"a row per query: `keys` list<{key}>, `scores` list<float32>; the schema's metadata has `version`"
+    for content, text in (
+        (operation["requestBody"]["content"], asked),
+        (operation["responses"]["200"]["content"], answered),
+    ):
+        content[ARROW_TYPE] = {"schema": {"type": "string", "format": "binary", "description": text}}
+    about = "In bulk, Arrow IPC streams spare the time that JSON takes; a stream is answered with a stream."
+    only = {**k, "description": "how many items, for an Arrow stream; JSON has it in the body"}
+    return {**operation, "description": about, "parameters": [only]}
 
 
 def _json_key(key_type: KeyType) -> dict[str, Any]:

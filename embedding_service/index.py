@@ -35,6 +35,7 @@ Arrangement = Literal["plain", "centred", "augmented"]
 ROWS_PER_CENTROID = (39, 256)  # FAISS's advice for k-means: fewer give poor centroids, more are not used
 MAX_TRAINING_BYTES = 2 * 2**30  # of the training sample, as long as 39 rows per centroid fit
 MAX_GPU_K = 2048  # FAISS's limit
+_FEW_QUERIES = 32  # up to this many are searched by one thread: a second one is waited for longer than it saves
 
 
 def auto_factory(rows: int, dim: int) -> str:
@@ -185,7 +186,13 @@ class VectorIndex:
             return self.search(queries, k)[1]
         if self.arrangement == "augmented":
             queries = np.concatenate([queries, np.zeros((len(queries), 1), np.float32)], axis=1)
-        rows: Int64 = self._index.search(queries, k)[1]  # a query's length changes no order
+        threads = faiss.omp_get_max_threads()
+        if len(queries) <= _FEW_QUERIES:
+            faiss.omp_set_num_threads(1)
+        try:
+            rows: Int64 = self._index.search(queries, k)[1]  # a query's length changes no order
+        finally:
+            faiss.omp_set_num_threads(threads)  # of this thread only, see `set_threads`
         return rows
 
     def save(self, path: str | Path) -> None:
@@ -348,4 +355,6 @@ def _norms(vectors: Float32) -> Float32:
 
 def _short(error: BaseException) -> str:
     """FAISS's message without its function signature and source path."""
-    return re.sub(r"\s+", " ", str(error)).split("Error: ")[-1][:200]
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    text = re.sub(r"^Error in .* at \S+:\d+: ", "", text)
+    return re.sub(r"^Error: '.*?' failed: ", "", text)[:200]

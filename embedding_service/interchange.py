@@ -7,6 +7,7 @@ key and is left out.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -104,8 +105,12 @@ def _records(texts: pa.Array, chunk: Float32) -> bytes:
 
 @contextlib.contextmanager
 def _complete_file(path: str | Path) -> Iterator[str]:
-    """A temporary name next to `path` that becomes `path` if the block succeeds, and else goes away."""
+    """A temporary name next to `path` that becomes `path` if the block succeeds, and else goes away. Raises OSError."""
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file", str(target))
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield os.fspath(temporary)

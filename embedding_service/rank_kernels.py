@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 from numba import njit, types
+from numba.extending import overload
 
 _FLOATS_2D = types.Array(types.float32, 2, "C")
 _FLOATS_2D_IN = types.Array(types.float32, 2, "A", readonly=True)
-_FLOATS_3D_IN = types.Array(types.float32, 3, "C", readonly=True)
 _FLOATS_IN = types.Array(types.float32, 1, "C", readonly=True)
 _INT64S_2D = types.Array(types.int64, 2, "C")
 _INT64S_2D_IN = types.Array(types.int64, 2, "A", readonly=True)
@@ -99,23 +99,50 @@ def first_unseen(scores: Any, rows: Any, seen: Any, offsets: Any, out_scores: An
         _keep_unseen(scores[i], rows[i], seen[offsets[i] : offsets[i + 1]], out_scores[i], out_rows[i])
 
 
-@_kernel(
-    types.int64,
-    _FLOATS_2D_IN,
-    _INT64S_2D_IN,
-    _FLOATS_3D_IN,
-    types.boolean,
-    types.int64,
-    _INT64S_IN,
-    _INT64S_IN,
-    _FLOATS_2D,
-    _INT64S_2D,
-    _BOOLS,
+def _decoded(code: Any) -> Any:
+    """The float32 of a stored component, but for int8's scale; float16 comes as its bits, in uint16."""
+
+
+@overload(_decoded)
+def _decoded_by_type(code: Any) -> Callable[[Any], Any]:
+    def half(code: Any) -> Any:
+        """Shifted into the fields of a float32, a float16 is too small by the difference of the exponents' biases."""
+        size = np.uint32((np.uint32(code) & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
+        return size * np.float32(-(2.0**112) if code & np.uint16(0x8000) else 2.0**112)
+
+    def plain(code: Any) -> Any:
+        return np.float32(code)
+
+    return half if code == types.uint16 else plain
+
+
+def _scores_of(codes: Any) -> Any:
+    return types.int64(
+        _FLOATS_2D_IN,
+        _INT64S_2D_IN,
+        types.Array(codes, 2, "C", readonly=True),
+        _FLOATS_IN,
+        types.boolean,
+        types.int64,
+        _INT64S_IN,
+        _INT64S_IN,
+        _FLOATS_2D,
+        _INT64S_2D,
+        _BOOLS,
+    )
+
+
+@njit(
+    [_scores_of(types.float32), _scores_of(types.uint16), _scores_of(types.int8)],
+    nogil=True,
+    cache=True,
+    error_model="numpy",
 )
 def best_unseen(
     queries: Any,
     found: Any,
-    vectors: Any,
+    codes: Any,
+    scale: Any,
     cosine: bool,
     wanted: int,
     seen: Any,
@@ -124,34 +151,43 @@ def best_unseen(
     out_rows: Any,
     lacking: Any,
 ) -> int:
-    """Score found rows [n, m] by their vectors [n, m, dim], rank them, keep the first unseen ones in out [n, k].
+    """Score found rows [n, m] by their vectors, rank them, keep the first unseen ones in out [n, k].
 
+    codes [rows, dim] and scale float32 [rows], or [0] for none, are stored vectors (`VectorSet.stored`), decoded here.
     Scores are those of `exact.pair_scores`: inner products (for cosine of unit vectors) in float64, rounded to float32.
     lacking [n] is set where fewer than m rows were found (-1 stands for the others), or where m > wanted and the last
     score is that of place `wanted`: then rows that were not fetched may tie. Returns how many lack.
     """
-    num, width, dim = vectors.shape
+    num, width = found.shape
+    dim = codes.shape[1]
+    query = np.empty(dim, np.float64)
     scores = np.empty(width, np.float32)
     rows = np.empty(width, np.int64)
     num_lacking = 0
     for i in range(num):
         squared = 0.0
         for d in range(dim):
-            squared += np.float64(queries[i, d]) * np.float64(queries[i, d])
+            query[d] = queries[i, d]
+            squared += query[d] * query[d]
         length = max(np.sqrt(squared), 1e-30)
         lacks = False
         for j in range(width):
+            row = found[i, j]
+            rows[j] = row
+            if row < 0:
+                lacks = True
+                scores[j] = -np.inf
+                continue
+            factor = scale[row] if len(scale) > 0 else np.float32(1.0)
             total = 0.0
             squared = 0.0
             for d in range(dim):
-                value = np.float64(vectors[i, j, d])
-                total += np.float64(queries[i, d]) * value
+                value = np.float64(np.float32(_decoded(codes[row, d]) * factor))
+                total += query[d] * value
                 squared += value * value
             if cosine:
                 total /= length * max(np.sqrt(squared), 1e-30)
-            rows[j] = found[i, j]
-            lacks |= rows[j] < 0
-            scores[j] = np.float32(total) if rows[j] >= 0 else -np.inf
+            scores[j] = np.float32(total)
         _rank(scores, rows)
         lacks |= width > wanted and scores[width - 1] == scores[wanted - 1]
         lacking[i] = lacks

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from cluster.errors import ArtifactError, DataError, KeyNotFound
@@ -29,15 +30,23 @@ _FROM_SESSION = ("history", "last_item")
 class Results:
     """Answers to n queries, best first; places that could not be filled have row -1 and score -inf, at the end.
 
-    rows int64 and scores float32 [n, min(k, candidates)]; keys: the found keys of each query, without padding;
+    rows int64 and scores float32 [n, min(k, candidates)]; lengths int64 [n]: how many were found; flat_keys: the keys
+    of all queries, one query after the other; keys: the same, a list per query;
     cold_start: whether the query said nothing that the model knows, so that the most frequent items are the answer and
     their counts the scores.
     """
 
     rows: Int64
     scores: Float32
-    keys: list[list[Key]]
+    lengths: Int64
+    flat_keys: pa.Array
     cold_start: list[bool]
+
+    @functools.cached_property
+    def keys(self) -> list[list[Key]]:
+        flat = self.flat_keys.to_pylist()
+        ends = list(itertools.accumulate(self.lengths.tolist(), initial=0))
+        return [flat[start:end] for start, end in itertools.pairwise(ends)]
 
 
 class Retriever:
@@ -160,11 +169,12 @@ class Retriever:
     def _results(
         self, catalogue: Vocabulary, scores: Float32, rows: Int64, cold: npt.NDArray[np.bool_] | None = None
     ) -> Results:
-        filled = [len(line) - line.count(-1) for line in rows.tolist()]  # padding is at the end
-        flat = catalogue.keys_of(rows.ravel() if min(filled) == rows.shape[1] else rows[rows >= 0]).to_pylist()
-        ends = list(itertools.accumulate(filled, initial=0))
-        keys = [flat[start:end] for start, end in itertools.pairwise(ends)]
-        return Results(rows, scores, keys, [False] * len(rows) if cold is None else cold.tolist())
+        if rows[:, -1].min() >= 0:  # padding is at the end: here is none
+            lengths, flat = np.full(len(rows), rows.shape[1]), rows.ravel()
+        else:
+            lengths, flat = np.count_nonzero(rows >= 0, axis=1), rows[rows >= 0]
+        cold_start = [False] * len(rows) if cold is None else cold.tolist()
+        return Results(rows, scores, lengths, catalogue.keys_of(flat), cold_start)
 
     def _part(self, name: str) -> tuple[Candidates, Vocabulary]:
         if name not in self._candidates:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cluster.errors import SettingError
 from embedding_service.tables import Optimizer, TableSpec, check_names, initial_rows
 
 _INIT_CHUNK_BYTES = 64 * 2**20
@@ -47,6 +48,17 @@ with _quiet_import():
     from torchrec.modules.embedding_configs import DataType
     from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+
+def _check_fits_ranks(specs: Sequence[TableSpec], world_size: int) -> None:
+    """FBGEMM cannot make a rank's tables of no rows at all. Raises SettingError."""
+    for dim in {spec.dim for spec in specs}:
+        rows = max(spec.rows for spec in specs if spec.dim == dim)
+        per_rank = -(-rows // world_size)
+        if per_rank * (world_size - 1) >= rows:
+            raise SettingError(
+                "cluster.workers", f"{world_size} workers are too many for tables of {rows} rows: some would hold none"
+            )
 
 
 def _nothing(weights: Tensor) -> None:
@@ -106,6 +118,7 @@ class ShardedTables:
         initialize: bool = True,
     ) -> None:
         check_names(specs)
+        _check_fits_ranks(specs, dist.get_world_size())
         self.specs = {spec.name: spec for spec in specs}
         self.optimizer: Optimizer = optimizer
         self.device = device or torch.device("cpu")

@@ -150,7 +150,7 @@ def recency_weights(offsets: np.ndarray, decay: float) -> np.ndarray:
     else:
         totals = (1.0 - decay**lengths) / (1.0 - decay)
         weights = decay ** age.astype(np.float64)
-    return (weights / np.repeat(totals, lengths)).astype(np.float32)
+    return np.array(weights / np.repeat(totals, lengths), np.float32)  # a copy: torch wants to own what it is given
 
 
 @functools.lru_cache(maxsize=1024)

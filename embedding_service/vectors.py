@@ -34,6 +34,12 @@ class VectorSet:
         scale = None if scale_file is None else _map(scale_file, SCALE_DTYPE, (rows,))
         return cls(codes, scale, precision)
 
+    @property
+    def stored(self) -> tuple[npt.NDArray[Any], Float32]:
+        """The codes [rows, dim] as kernels take them, fp16 as its bits in uint16, and int8's scale [rows], else [0]."""
+        codes = self._codes.view(np.uint16) if self.precision == "fp16" else self._codes
+        return codes, np.empty(0, np.float32) if self._scale is None else self._scale
+
     def take(self, rows: npt.NDArray[np.integer]) -> Float32:
         """float32 [*rows.shape, dim]. `rows` lie in 0..rows - 1."""
         vectors: Float32 = self._codes[rows].astype(np.float32)
@@ -69,8 +75,9 @@ class VectorSink:
     def write(self, start_row: int, vectors: Float32) -> None:
         """Store float [n, dim] as rows start_row..start_row + n - 1.
 
-        Raises ValueError for a wrong shape, rows outside the set, nan or infinite values, values beyond the precision's
-        range, and, if the set is promised to be normalised, a length that is neither 1 nor 0.
+        Raises ArtifactError for nan or infinite values and values beyond the precision's range, and ValueError for a
+        wrong shape, rows outside the set and, if the set is promised to be normalised, a length that is neither 1
+        nor 0.
         """
         stop = start_row + len(vectors)
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
@@ -80,7 +87,9 @@ class VectorSink:
         try:
             codes, scale = encode(vectors, self.precision)
         except ValueError as error:
-            raise ValueError(f"vector set {self._name}, from row {start_row} on: {error}") from None
+            raise ArtifactError(
+                f"vector set {self._name}, from row {start_row} on: {error}; was the training sound?"
+            ) from None
         if self.normalized:
             norms = np.linalg.norm(vectors, axis=1)
             wrong = np.flatnonzero((np.abs(norms - 1) > 1e-3) & (norms != 0))

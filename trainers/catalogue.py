@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from cluster.errors import SettingError
 from cluster.rank import Rank
 from embedding_service.ragged import Ragged
 from trainers.cases import Cases
@@ -17,6 +18,13 @@ from trainers.models import Model
 
 _QUERY_BLOCK = 8192
 _ITEM_CHUNK = 4096
+
+
+def check_ks(ks: Sequence[int], num_candidates: int) -> None:
+    """Raises SettingError for a k far beyond the catalogue, whose rankings would only be padding."""
+    for k in ks:
+        if k > max(1000, num_candidates):
+            raise SettingError("k", f"{k} is more than the catalogue's {num_candidates} items; ask for less")
 
 
 @torch.no_grad()
@@ -33,6 +41,7 @@ def evaluate_model(
 
     mask_seen: what a history holds is not recommended. num_candidates: the first rows that are candidates; 0: all.
     """
+    check_ks(ks, num_candidates or model.num_items)
     names = [f"{name}@{k}" for k in ks for name in METRICS]
     mine = cases.take(np.arange(place.rank, len(cases), place.world_size))
     num_blocks = math.ceil(len(cases) / (place.world_size * _QUERY_BLOCK))
@@ -54,6 +63,7 @@ def _rank_catalogue(model: Model, cases: Cases, k: int, seen: Ragged | None, num
 
     A case of which nothing is known is answered with the most frequent items, as the service does.
     """
+    asked, k = k, min(k, num_candidates)
     query = model.encode_queries(cases.history, cases.single)
     masked_item = masked_query = np.empty(0, np.int64)
     if seen is not None:
@@ -77,4 +87,4 @@ def _rank_catalogue(model: Model, cases: Cases, k: int, seen: Ragged | None, num
         rows = torch.cat([rows, top.indices + start], 1).gather(1, choice)
         best = values
     rows[best == -torch.inf] = -1
-    return rows.cpu().numpy()
+    return np.pad(rows.cpu().numpy(), ((0, 0), (0, asked - k)), constant_values=-1)

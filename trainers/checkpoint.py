@@ -2,11 +2,11 @@
 
     <run>/checkpoints/
         pointer.json                    {"last": name, "best": name or null}: written new, renamed into place
-        step-000000001200/
+        step-000000001200-epoch-0003/   complete from the moment it has this name; a killed writer leaves none
             checkpoint.json             position, progress, config, and every file's size and sha256
             tensors.json                torch's checkpoint metadata: which rows of which tensor lie where
             __<rank>_<n>.distcp         tables, optimiser state and towers, as every rank wrote them
-            keys/                       the key maps and item features
+            prepared/                   the key maps, item features and validation cases
 
 Everything random follows from (seed, position), so the position is also the state of all random numbers.
 """
@@ -14,7 +14,6 @@ Everything random follows from (seed, position), so the position is also the sta
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -71,6 +70,13 @@ class Progress:
     bad_validations: int = 0
     validations: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    metric: str = ""  # that chose the best
+    bad_rows: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of a checkpoint of this moment; sorts by time."""
+        return f"step-{self.step:012d}-epoch-{self.position.epoch:04d}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,7 +96,7 @@ class CheckpointStore:
 
     def save(self, model: Model, progress: Progress, config: Config, *, best: bool = False) -> None:
         """Write a checkpoint beside the others, flip the pointer to it, then remove those no longer kept."""
-        name = f"step-{progress.step:012d}"
+        name = progress.name
         temporary = self.folder / f".{name}.tmp"
         first = dist.get_rank() == 0
         if first:
@@ -113,16 +119,15 @@ class CheckpointStore:
     def _finish(
         self, temporary: Path, name: str, files: dict[str, Any], progress: Progress, config: Config, best: bool
     ) -> None:
-        (temporary / "keys").mkdir()
-        for source in sorted((self.run / "prepared").iterdir()):
-            _link(source, temporary / "keys" / source.name)
-            files[f"keys/{source.name}"] = _describe(source)
+        shutil.copytree(self.run / "prepared", temporary / "prepared")
+        for part in sorted((temporary / "prepared").iterdir()):
+            files[f"prepared/{part.name}"] = _describe(part)
         files["tensors.json"] = _describe(temporary / "tensors.json")
         write_json(
             temporary / "checkpoint.json",
             {"format": FORMAT, "progress": progress.to_dict(), "config": config_to_dict(config), "files": files},
         )
-        remove_folder(self.folder / name)
+        remove_folder(self.folder / name)  # one of the same name was damaged, and passed over when this run resumed
         publish_folder(temporary, self.folder / name)
         pointer = self.pointer()
         pointer["last"] = name
@@ -166,10 +171,32 @@ class CheckpointStore:
             raise CheckpointError(f"no checkpoint of {self.run} can be used: {'; '.join(refused)}")
         return None
 
+    def newest_config(self) -> Mapping[str, Any] | None:
+        """The config of the newest checkpoint that has a readable description, sound or not; None if there is none."""
+        for name in self.names()[::-1]:
+            try:
+                config: Mapping[str, Any] = json.loads((self.folder / name / "checkpoint.json").read_text())["config"]
+                return config
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return None
+
+    def restore_prepared(self) -> bool:
+        """Bring `<run>/prepared` back from the newest sound checkpoint; whether there was one."""
+        chosen = self.choose()
+        if chosen is None:
+            return False
+        temporary = self.run / ".prepared.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(self.folder / chosen[0] / "prepared", temporary)
+        remove_folder(self.run / "prepared")
+        publish_folder(temporary, self.run / "prepared")
+        return True
+
     def resume(self, model: Model, config: Config, *, which: str = "last") -> tuple[Progress, list[str]]:
         """Load the newest sound checkpoint into `model`; (its progress, warnings). New Progress if there is none.
 
-        Raises CheckpointError if the checkpoint is of a run with other settings.
+        which: see `choose`. Raises CheckpointError if the checkpoint is of a run with other settings.
         """
         chosen: list[Any] = [None]
         if dist.get_rank() == 0:
@@ -185,7 +212,7 @@ class CheckpointStore:
         name, description, refused = chosen[0]
         check_same_run(description["config"], config, self.folder / name)
         _load(model, self.folder / name)
-        return Progress.from_dict(description["progress"]), [f"{reason}; going back to {name}" for reason in refused]
+        return Progress.from_dict(description["progress"]), [f"{reason}; using {name} instead" for reason in refused]
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -275,14 +302,6 @@ def _load(model: Model, folder: Path) -> None:
 
 def _describe(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "checksum": checksum(file)}
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under a second name where the file system can, else a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 class _JsonWriter(FileSystemWriter):

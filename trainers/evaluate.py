@@ -11,13 +11,13 @@ import torch
 
 from cluster.config import Config, config_from_dict, config_to_dict, load_config
 from cluster.errors import ArtifactError, CheckpointError, DataError, SettingError
-from cluster.launch import launch
+from cluster.launch import launch, report
 from cluster.rank import Rank, current_rank
 from embedding_service.artifact import Artifact
 from embedding_service.keys import Vocabulary
 from embedding_service.retrieval import Retriever
 from trainers.cases import Cases, load_cases, load_validation
-from trainers.catalogue import evaluate_model
+from trainers.catalogue import check_ks, evaluate_model
 from trainers.checkpoint import CheckpointStore
 from trainers.metrics import METRICS, query_metrics
 from trainers.models import Model, build_model
@@ -76,6 +76,7 @@ def evaluate(
     source = cases or config.data.test
     if not source:
         raise SettingError("data.test", "is empty; name a file of cases with `--cases FILE`, or `--cases valid`")
+    check_ks(ks, len(keys["item"].keys))
     found = _find_cases(config, keys, source)
     if is_run:
         settings = {"config": config_to_dict(config), "source": source, "ks": list(ks), "which": which}
@@ -118,9 +119,10 @@ def _evaluate_checkpoint(settings: dict[str, Any]) -> dict[str, Any]:
 def load_trained(config: Config, prepared: Prepared, place: Rank, *, which: str) -> tuple[Model, str]:
     """The model of a run's checkpoint (`best` or `last`), and the checkpoint's name. Raises CheckpointError."""
     store = CheckpointStore(config.run)
-    chosen = store.choose(which)
-    if chosen is None:
+    if not store.names():
         raise CheckpointError(f"{config.run} has no checkpoint yet; run `lexshard train` first")
     model = build_model(config, prepared, device=place.device, threads=torch.get_num_threads())
-    store.resume(model, config, which=which)
-    return model, chosen[0]
+    progress, warnings = store.resume(model, config, which=which)
+    for warning in warnings:
+        report({"kind": "note", "text": f"warning: {warning}"})
+    return model, progress.name

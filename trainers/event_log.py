@@ -83,6 +83,7 @@ def sessionize(
     times = [Field("time", time, "time", "--time ")] if time else []
     fields = [*keys, *times, Field("item", item, "keys", "--item ")]
     files = open_files(source, lambda schema, name: check_schema(schema, fields, name))
+    _check_output(output, files)
     events = _Events(files, fields, skip_bad=bad_events == "skip", in_seconds=not session)
     by = [one.role for one in keys]
     with (
@@ -354,6 +355,17 @@ def _translated_errors(events: _Events) -> Iterator[None]:
         if isinstance(error, duckdb.IOException):
             raise SettingError("temp_folder", f"the sort cannot spill there: {reason}") from None
         raise
+
+
+def _check_output(output: str | Path, files: list[SessionFile]) -> None:
+    """Raises SettingError for an output that is a folder, or one of the files that are read."""
+    filesystem, target = open_filesystem(output)
+    if filesystem.get_file_info(target).type == fs.FileType.Directory:
+        raise SettingError("output", f"{output} is a folder; name the Parquet file to write")
+    real = os.path.realpath if isinstance(filesystem, fs.LocalFileSystem) else str
+    for file in files:
+        if file.filesystem.equals(filesystem) and real(file.path) == real(target):
+            raise SettingError("output", f"{output} is one of the files that are read; name another")
 
 
 def _check_arguments(

@@ -40,6 +40,7 @@ class TokenPlan:
         self.items = items
         self.block_items = block_items
         self.size = len(items)
+        self.num_trainable = int((items.lengths > 1).sum())
 
     def stop_after(self, offset: int, num_workers: int) -> int:
         """Where the step that begins at session `offset` ends: always at least one session further."""
@@ -107,7 +108,7 @@ class PairPlan:
         if only_history:  # without one there is nothing to ask with
             chosen &= (self.items.lengths[owners] > 1) if kind == "every_item" else (place > 0)
         self.examples = random.permutation(np.flatnonzero(chosen))
-        self.size = len(self.examples)
+        self.size = self.num_trainable = len(self.examples)
 
     def stop_after(self, offset: int, num_workers: int) -> int:
         """Where the step that begins at example `offset` ends."""

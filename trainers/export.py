@@ -103,6 +103,6 @@ def _figures(config: Config) -> dict[str, Any]:
     """The validation figures of the run, for the manifest."""
     try:
         result = json.loads((Path(config.run) / "result.json").read_text())
-    except (OSError, ValueError):
+        return {"validation": result["validations"], "best_epoch": result["best_epoch"]}
+    except (OSError, ValueError, KeyError, TypeError):  # a run that goes on has none yet
         return {}
-    return {"validation": result["validations"], "best_epoch": result["best_epoch"]}

@@ -121,6 +121,8 @@ class Item2Vec:
         )
         differences = [(old - new).to(found["input"].device) for old, new in zip(before, after, strict=True)]
         torch.autograd.backward([found["input"], found["output"]], differences)
+        if not all(difference.sum().isfinite() for difference in differences):
+            loss = float("nan")  # the kernel's sigmoid is clamped, so its own sum would hide it
         return loss, pairs
 
     def encode_queries(self, history: Ragged, single: Mapping[str, np.ndarray]) -> Tensor:

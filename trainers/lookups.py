@@ -60,7 +60,7 @@ def plan_lookups(inputs: Mapping[str, InputRows], table_of: Mapping[str, str]) -
                 table,
                 torch.from_numpy(np.ascontiguousarray(index[name])),
                 torch.from_numpy(np.ascontiguousarray(found.offsets)),
-                torch.from_numpy(found.weights),
+                torch.from_numpy(np.require(found.weights, requirements="W")),
                 single,
             )
     return Lookups(ids, uses)

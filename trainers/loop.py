@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -13,15 +14,15 @@ import torch
 import torch.distributed as dist
 
 from cluster.config import Config, config_from_dict, config_to_dict, to_toml
-from cluster.errors import SettingError
+from cluster.errors import ArtifactError, CheckpointError, DataError, SettingError
 from cluster.launch import Listener, launch, report
 from cluster.rank import Rank, current_rank
 from cluster.storage import remove_folder, write_atomic, write_json
 from trainers.cases import Cases, load_validation
 from trainers.catalogue import evaluate_model
-from trainers.checkpoint import CheckpointStore, Position, Progress
+from trainers.checkpoint import CheckpointStore, Position, Progress, check_same_run
 from trainers.metrics import parse_metric
-from trainers.models import Model, Step, build_model
+from trainers.models import Model, Step, build_model, check_model
 from trainers.objectives import linear_schedule
 from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, prepare
 from trainers.sessions import SessionReader, read_ahead
@@ -35,16 +36,20 @@ def train(config: Config, *, fresh: bool = False, on_event: Listener | None = No
     Raises LexshardError for everything that is the user's to mend.
     """
     parse_metric(config.train.metric)
+    check_model(config)
+    open_reader(config)  # a mistake in the data is told before anything is removed or started
     run = Path(config.run)
+    if run.exists() and not run.is_dir():
+        raise SettingError("run", f"{run} is a file; name a folder")
+    store = CheckpointStore(run)
     if fresh:
         for name in ("checkpoints", "prepared", "tensorboard"):
             remove_folder(run / name)
         for name in ("metrics.jsonl", "result.json"):
             (run / name).unlink(missing_ok=True)
-    if run.exists() and not run.is_dir():
-        raise SettingError("run", f"{run} is a file; name a folder")
+    elif (before := store.newest_config()) is not None:
+        check_same_run(before, config, store.folder)
     run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / "config.toml", to_toml(config).encode())
     result: dict[str, Any] = launch(
         train_worker,
         config_to_dict(config),
@@ -70,19 +75,35 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     place = current_rank(config.cluster.device)
     torch.set_flush_denormal(True)  # a softmax of cosines is full of numbers too small to matter, and slow to multiply
     reader = open_reader(config)
+    store = CheckpointStore(config.run, keep=config.train.keep_checkpoints)
     if place.is_first:
-        prepare(config, reader)
+        _prepare(config, reader, store)
     dist.barrier()
     prepared = load_prepared(config.run, reader.fingerprint)
     model = build_model(config, prepared, device=place.device, threads=torch.get_num_threads())
-    store = CheckpointStore(config.run, keep=config.train.keep_checkpoints)
     progress, warnings = store.resume(model, config)
     cases = load_validation(config, prepared)
+    if progress.metric != config.train.metric:  # another one now chooses the best
+        progress.metric, progress.best_value, progress.best_epoch, progress.bad_validations = (
+            config.train.metric, None, -1, 0,
+        )  # fmt: skip
     if place.is_first:
+        write_atomic(Path(config.run) / "config.toml", to_toml(config).encode())
         _announce(config, prepared, model, progress, warnings)
     run = _Run(config, place, reader, prepared, model, store, progress, cases)
     run.train()
     return run.result()
+
+
+def _prepare(config: Config, reader: SessionReader, store: CheckpointStore) -> None:
+    """Key maps and cases: built, or found; of a run that has begun they are brought back where they are damaged."""
+    is_begun = bool(store.names())
+    try:
+        prepare(config, reader, is_begun=is_begun)
+    except (CheckpointError, ArtifactError):
+        if not is_begun or not store.restore_prepared():
+            raise
+        prepare(config, reader, is_begun=True)
 
 
 class _Run:
@@ -103,9 +124,10 @@ class _Run:
         self.model, self.store, self.progress, self.cases = model, store, progress, cases
         self.holdout = holdout_of(config, reader.num_sessions)
         self.log = _MetricsLog(Path(config.run), progress.step) if place.is_first else None
-        self.started = time.monotonic() - progress.seconds
-        self.saved_at = self.reported_at = time.monotonic()
-        self.loss, self.pairs, self.examples = 0.0, 0, 0
+        self.saved_at = self.reported_at = self.resumed_at = time.monotonic()
+        self.started = self.resumed_at - progress.seconds
+        self.loss, self.pairs, self.examples, self.num_trainable = 0.0, 0, 0, 0
+        self.bad_rows_before = progress.bad_rows
         self.share_at_start = self._share(progress.position, 0)
 
     def train(self) -> None:
@@ -118,9 +140,20 @@ class _Run:
                 loss, pairs = self.model.step(step, rate)
                 self.progress.position = position
                 self.progress.step += 1
+                if not math.isfinite(loss):
+                    raise SettingError(
+                        "train.learning_rate",
+                        f"the loss is not a finite number at step {self.progress.step}: lower it, raise train.warmup, "
+                        "or both, and start over with `--fresh`",
+                    )
                 self._count(loss, pairs, step.num_examples, share, rate)
                 if self._checkpoint_is_due():
                     self._save()
+            if not self.num_trainable:
+                raise DataError(
+                    "there is nothing to train on: no session has two known items, or what model.query asks for",
+                    file=self.config.data.train,
+                )
             self.progress.position = Position(epoch + 1)
             self._save(best=self._validate(epoch))
         if self.log is not None:
@@ -138,6 +171,7 @@ class _Run:
             for window, batch in windows:
                 sessions = self.prepared.rows(self.holdout.training(batch))
                 plan = self.model.plan(sessions, (seed, epoch, window))
+                self.num_trainable += plan.num_trainable
                 while offset < plan.size:
                     stop = plan.stop_after(offset, world)
                     start, end = plan.share(offset, stop, self.place.rank, world)
@@ -163,7 +197,6 @@ class _Run:
             return
         seconds = now - self.started
         gained = share - self.share_at_start
-        session_seconds = seconds - self.progress.seconds
         event = {
             "kind": "progress",
             "step": self.progress.step,
@@ -173,7 +206,7 @@ class _Run:
             "rate": rate,
             "examples_per_second": self.examples * self.place.world_size / (now - self.reported_at),
             "seconds": seconds,
-            "seconds_left": session_seconds * (1.0 - share) / gained if gained > 0 else None,
+            "seconds_left": (now - self.resumed_at) * (1.0 - share) / gained if gained > 0 else None,
             "peak_rss_bytes": peak_rss_bytes(),
         }
         self.log.write(event)
@@ -195,6 +228,7 @@ class _Run:
 
     def _save(self, *, best: bool = False) -> None:
         self.progress.seconds = time.monotonic() - self.started
+        self.progress.bad_rows = max(self.bad_rows_before, self.reader.num_bad)
         self.store.save(self.model, self.progress, self.config, best=best)
         self.saved_at = time.monotonic()
 
@@ -242,7 +276,7 @@ class _Run:
             "seconds": progress.seconds,
             "workers": self.place.world_size,
             "items": self.model.num_items,
-            "bad_rows": self.reader.num_bad,
+            "bad_rows": max(progress.bad_rows, self.reader.num_bad),
             "best_epoch": progress.best_epoch + 1 if progress.best_epoch >= 0 else None,
             "best": {self.config.train.metric: progress.best_value} if progress.best_value is not None else {},
             "validations": progress.validations,
@@ -289,6 +323,11 @@ def _step_of(line: str) -> float:
 def _announce(config: Config, prepared: Prepared, model: Model, progress: Progress, warnings: list[str]) -> None:
     for warning in warnings:
         report({"kind": "note", "text": f"warning: {warning}"})
+    if config.model.kind == "item2vec" and config.cluster.workers > 2:
+        text = (
+            "item2vec adds the workers' updates up, which is measured for two of them: more may overshoot on hot items"
+        )
+        report({"kind": "note", "text": f"warning: {text}; see train.batch_size"})
     tables = sum(spec.num_bytes(model.tables.optimizer) for spec in model.tables.specs.values())
     text = (
         f"{config.model.kind}: {prepared.num_sessions:,} sessions, {model.num_items:,} items, "
@@ -313,5 +352,12 @@ def _mix(*numbers: int) -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak resident memory of this process so far.
+
+    Linux's VmHWM begins with the program; getrusage's figure also holds the peak of the process that started it.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -16,14 +16,18 @@ from embedding_service.ragged import Ragged
 from embedding_service.sharding import ShardedTables
 from embedding_service.towers import Tower
 from trainers.item2vec import Item2Vec
-from trainers.prepare import Prepared, Sessions
+from trainers.prepare import Prepared, Sessions, check_feature_names
 from trainers.two_tower import TwoTower
 
 
 class Plan(Protocol):
-    """One window as a fixed sequence of units (examples, or sessions), cut into steps."""
+    """One window as a fixed sequence of `size` units (examples, or sessions), cut into steps.
+
+    `num_trainable` of them can teach something: a session of one item has no context.
+    """
 
     size: int
+    num_trainable: int
 
     def stop_after(self, offset: int, num_workers: int) -> int: ...
     def share(self, start: int, stop: int, rank: int, num_workers: int) -> tuple[int, int]: ...
@@ -63,12 +67,31 @@ def item_counts(items: Vocabulary) -> np.ndarray:
     return counts if items.unknown == "skip" else np.append(counts, items.dropped)
 
 
-def build_model(config: Config, prepared: Prepared, *, device: torch.device, threads: int) -> Model:
-    """The model that `config` describes, with new tables. A collective call. Raises SettingError."""
-    model, train = config.model, config.train
-    counts = item_counts(prepared.keys["item"])
+def check_model(config: Config) -> None:
+    """What can be said of the model's settings before any data are read. Raises SettingError."""
+    model = config.model
     if model.dim % 4:
         raise SettingError("model.dim", f"must be divisible by 4, which the table kernels ask for; got {model.dim}")
+    if model.kind == "item2vec":
+        return
+    known = ("user", "history", "last_item")
+    if not model.query and not config.data.query_features:
+        raise SettingError("model.query", f"is empty, and so is data.query_features; name some of {', '.join(known)}")
+    for source in model.query:
+        if source not in known:
+            raise SettingError("model.query", f"`{source}` is none of {', '.join(known)}")
+    if len(set(model.query)) != len(model.query):
+        raise SettingError("model.query", f"names something twice: {', '.join(model.query)}")
+    if "user" in model.query and not config.data.user:
+        raise SettingError("model.query", "asks for the user, but data.user names no column")
+    check_feature_names("data.query_features", config.data.query_features)
+
+
+def build_model(config: Config, prepared: Prepared, *, device: torch.device, threads: int) -> Model:
+    """The model that `config` describes, with new tables. A collective call. Raises SettingError."""
+    check_model(config)
+    model, train = config.model, config.train
+    counts = item_counts(prepared.keys["item"])
     if model.kind == "item2vec":
         return Item2Vec(
             counts,
@@ -88,14 +111,6 @@ def build_model(config: Config, prepared: Prepared, *, device: torch.device, thr
             threads=threads,
             device=device,
         )
-    known = ("user", "history", "last_item")
-    if not model.query and not config.data.query_features:
-        raise SettingError("model.query", f"is empty, and so is data.query_features; name some of {', '.join(known)}")
-    for source in model.query:
-        if source not in known:
-            raise SettingError("model.query", f"`{source}` is none of {', '.join(known)}")
-    if "user" in model.query and not config.data.user:
-        raise SettingError("model.query", "asks for the user, but data.user names no column")
     return TwoTower(
         counts,
         rows={name: vocabulary.num_rows for name, vocabulary in prepared.keys.items()},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,8 @@ from embedding_service.keys import Vocabulary
 from embedding_service.ragged import Ragged
 from trainers.holdout import CaseSample, Holdout, cases_table
 from trainers.sessions import Columns, SessionBatch, SessionReader
+
+_START_OVER = "name another folder with `--set run=...`, or start over with `--fresh`"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Prepared:
     item_features: dict[str, np.ndarray]  # feature -> int64 [item rows]: its row, -1 where the item has none
     fingerprint: str
     num_sessions: int
+    shape: dict[str, Any]  # the settings that all this follows from
     folder: Path
 
     def rows(self, batch: SessionBatch) -> Sessions:
@@ -72,15 +77,24 @@ def holdout_of(config: Config, num_sessions: int) -> Holdout:
     return Holdout(kind, config.data.holdout_fraction, config.train.seed, num_sessions)
 
 
-def prepare(config: Config, reader: SessionReader) -> None:
+def prepare(config: Config, reader: SessionReader, *, is_begun: bool) -> None:
     """Build the run's key maps and validation cases into `<run>/prepared`, unless they are there: streaming passes.
 
-    Raises DataError, SettingError; CheckpointError if what is there was made from other data.
+    is_begun: the run has checkpoints, which the key maps belong to; else those of other data or settings are replaced.
+    Raises DataError, SettingError; CheckpointError if what a begun run has was made from other data.
     """
     folder = Path(config.run) / "prepared"
-    if folder.exists():
+    if is_begun:
         load_prepared(config.run, reader.fingerprint)
         return
+    shape = _shape(config)
+    if folder.exists():
+        try:
+            if load_prepared(config.run, reader.fingerprint).shape == shape:
+                return
+        except CheckpointError:
+            pass  # of other data, or damaged: nothing depends on it yet
+        remove_folder(folder)
     temporary = folder.with_name(".prepared.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -93,7 +107,10 @@ def prepare(config: Config, reader: SessionReader) -> None:
                 sample.add(holdout.cases(batch))
             yield holdout.training(batch).items.values
 
-    keys = {"item": Vocabulary.build(items(), min_count=config.keys.min_count, unknown=config.keys.unknown)}
+    try:
+        keys = {"item": Vocabulary.build(items(), min_count=config.keys.min_count, unknown=config.keys.unknown)}
+    except DataError as error:
+        raise error if error.file else DataError(error.problem, file=config.data.train) from None
     if config.data.user:
         users = (batch.user for batch in reader.stream(Columns(items=config.data.items, user=config.data.user)))
         keys["user"] = Vocabulary.build((user for user in users if user is not None), unknown="skip")
@@ -104,7 +121,8 @@ def prepare(config: Config, reader: SessionReader) -> None:
     features, feature_keys = _item_features(config, keys["item"])
     for name, vocabulary in {**keys, **feature_keys}.items():
         vocabulary.save(temporary / f"{name}.arrow")
-    np.savez(temporary / "item_features.npz", allow_pickle=False, **features)
+    for name, rows in features.items():
+        np.save(temporary / f"item_{name}.npy", rows, allow_pickle=False)
     cases = sample.result()
     if cases is not None:
         pq.write_table(cases_table(cases), temporary / "valid.parquet")
@@ -113,7 +131,7 @@ def prepare(config: Config, reader: SessionReader) -> None:
             f"data.holdout = {holdout.kind!r} finds nothing to hold out in {config.data.train}; its sessions are too "
             "short, or data.holdout_fraction is too small"
         )
-    description = {"fingerprint": reader.fingerprint, "num_sessions": reader.num_sessions, "bad_rows": reader.num_bad}
+    description = {"fingerprint": reader.fingerprint, "num_sessions": reader.num_sessions, "shape": shape}
     write_json(temporary / "prepared.json", description)
     publish_folder(temporary, folder)
 
@@ -123,22 +141,41 @@ def load_prepared(run: str | Path, fingerprint: str | None = None) -> Prepared:
     folder = Path(run) / "prepared"
     try:
         description = json.loads((folder / "prepared.json").read_text())
-    except (OSError, ValueError):
+        known, num_sessions, shape = (description[name] for name in ("fingerprint", "num_sessions", "shape"))
+    except FileNotFoundError:
         raise CheckpointError(f"{run} is not a run of `lexshard train`: it has no prepared/prepared.json") from None
-    if fingerprint not in (None, description["fingerprint"]):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'prepared.json'} is damaged ({error}); {_START_OVER}") from None
+    if fingerprint not in (None, known):
         raise CheckpointError(
-            f"{run} was begun with other training data (files, sizes or row counts differ); name another folder with "
-            "`--set run=...` or restore the data"
+            f"{run} was begun with other training data (files, sizes or row counts differ); restore the data, or "
+            + _START_OVER
         )
     keys = {path.stem: Vocabulary.load(path) for path in sorted(folder.glob("*.arrow"))}
-    with np.load(folder / "item_features.npz", allow_pickle=False) as archive:
-        features = {name: archive[name] for name in archive.files}
-    return Prepared(keys, features, description["fingerprint"], description["num_sessions"], folder)
+    features = {}
+    for path in sorted(folder.glob("item_*.npy")):
+        try:
+            features[path.stem.removeprefix("item_")] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); {_START_OVER}") from None
+    return Prepared(keys, features, known, num_sessions, shape, folder)
 
 
-def discard(run: str | Path) -> None:
-    """Remove what `prepare` built."""
-    remove_folder(Path(run) / "prepared")
+def _shape(config: Config) -> dict[str, Any]:
+    """The settings that decide what `prepare` builds, as JSON."""
+    names = "items user query_features item_features valid holdout holdout_fraction bad_rows"
+    data = {name: getattr(config.data, name) for name in names.split()}
+    shape = {**data, **vars(config.keys), "seed": config.train.seed, "cases": config.train.validate_cases}
+    return dict(json.loads(json.dumps(shape)))
+
+
+def check_feature_names(setting: str, names: Iterable[str]) -> None:
+    """Raises SettingError for a feature column whose name cannot name a table or file, or has a meaning of its own."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_]{1,64}", name):
+            raise SettingError(setting, f"column `{name}`: rename it to letters, digits and _, at most 64 of them")
+        if name in ("user", "history", "last_item", "item"):
+            raise SettingError(setting, f"column `{name}`: this name has a meaning of its own; rename the column")
 
 
 def _item_features(config: Config, items: Vocabulary) -> tuple[dict[str, np.ndarray], dict[str, Vocabulary]]:
@@ -153,13 +190,20 @@ def _item_features(config: Config, items: Vocabulary) -> tuple[dict[str, np.ndar
         raise DataError(f"is not a readable Parquet file of item features: {error}", file=source) from None
     if "item" not in table.column_names or table.num_columns < 2:
         raise DataError("needs a column `item` and at least one feature column", file=source)
-    rows = items.rows(table["item"].combine_chunks())
+    check_feature_names("data.item_features", [name for name in table.column_names if name != "item"])
+    try:
+        rows = items.rows(table["item"].combine_chunks())
+    except DataError as error:
+        raise DataError(f"column `item`: {error}", file=source) from None
     features, keys = {}, {}
     for name in table.column_names:
         if name == "item":
             continue
         values = table[name].combine_chunks()
-        keys[f"item_{name}"] = Vocabulary.build([pc.drop_null(values)], unknown="skip")
+        try:
+            keys[f"item_{name}"] = Vocabulary.build([pc.drop_null(values)], unknown="skip")
+        except DataError as error:
+            raise DataError(f"column `{name}`: {error}", file=source) from None
         column = np.full(items.num_rows, -1, np.int64)
         known = rows >= 0
         column[rows[known]] = keys[f"item_{name}"].rows(values)[known]

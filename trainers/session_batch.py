@@ -35,7 +35,7 @@ class Columns:
             Field("items", self.items, "lists", "--set data.items="),
             Field("history", self.history, "lists", "--set data.history="),
             Field("user", self.user, "keys", "--set data.user="),
-            Field("time", self.time, "time", "--set data.time="),
+            Field("time", self.time, "time", "time="),
             *(Field(f"feature {name}", name, "feature", "--set data.query_features=") for name in self.features),
         )
         return tuple(one for one in named if one.name)

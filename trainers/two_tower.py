@@ -67,12 +67,12 @@ class TwoTower:
         device: torch.device,
     ) -> None:
         """counts: int64 [items], how often each is a positive; rows: key map -> table rows; item_features: name ->
-        int64 [items]. What the settings mean: `lexshard config --show`.
+        int64 [items]. What the settings mean: `lexshard config`.
         """
         self.num_items = len(counts)
         self._item_features = dict(item_features)
         scale = init_scale or dim**-0.5
-        self._table_of = {"item_id": "item", "history": "item" if share_items else "history", "user": "user"}
+        self._table_of = {"candidate": "item", "history": "item" if share_items else "history", "user": "user"}
         inputs = [
             TowerInput(source, source, "user" if source == "user" else "history", dim)
             if source != "history"
@@ -80,7 +80,7 @@ class TwoTower:
             for source in query
         ]
         inputs += [TowerInput(f"query_{name}", name, f"query_{name}", dim) for name in query_features]
-        candidate = [TowerInput("item_id", "item", "item_id", dim)]
+        candidate = [TowerInput("candidate", "item", "candidate", dim)]
         candidate += [TowerInput(f"item_{name}", name, f"item_{name}", dim) for name in item_features]
         names = ["item"] + ["history"] * (not share_items and any(block.vectors == "history" for block in inputs))
         names += ["user"] * ("user" in query)

@@ -15,10 +15,13 @@ RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 
 
 def data_folder() -> Path:
-    """The folder of the public data sets: LEXSHARD_DATA, by default ../shared/data beside the repository."""
-    folder = Path(os.environ.get("LEXSHARD_DATA", RECIPES.parents[2] / "shared" / "data"))
+    """The folder of the public data sets, which LEXSHARD_DATA names; without it the benchmark ends here."""
+    named = os.environ.get("LEXSHARD_DATA")
+    if not named:
+        sys.exit("LEXSHARD_DATA is not set: name the folder that holds the public data sets (see README.md)")
+    folder = Path(named)
     if not folder.is_dir():
-        sys.exit(f"there is no folder {folder}: name the folder of the data sets in LEXSHARD_DATA")
+        sys.exit(f"LEXSHARD_DATA names {folder}, and there is no such folder")
     return folder.resolve()
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -10,12 +11,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cluster import cli
 from cluster.arguments import build_parser
 from cluster.doctor import Facts
 from cluster.errors import DataError
+from tests.embedding_service.artifacts import publish
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +55,7 @@ def test_the_version_is_the_projects(capsys: pytest.CaptureFixture[str]) -> None
 def test_config_shows_what_is_in_force(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("[model]\ndim = 32\n")
-    assert cli.main(["config", "--show", str(file), "--set", "train.epochs=3"]) == 0
+    assert cli.main(["config", str(file), "--set", "train.epochs=3"]) == 0
     shown = tomllib.loads(capsys.readouterr().out)
     assert (shown["model"]["dim"], shown["train"]["epochs"]) == (32, 3)
 
@@ -64,6 +68,25 @@ def test_config_shows_what_is_in_force(capsys: pytest.CaptureFixture[str], tmp_p
         (["export", "nowhere"], "nowhere: there is no such folder"),
         (["export", "."], ".: is not a run (it has no config.toml)"),
         (["export", ".", "--to", "parquet"], "--out: is needed with --to parquet"),
+        (
+            ["export", ".", "--to", "parquet", "--out", "x", "--which", "best"],
+            "--which: has no effect with --to parquet",
+        ),
+        (["export", ".", "--to", "parquet", "--out", "x", "--precision", "fp16"], "--precision: has no effect"),
+        (["export", ".", "--to", "parquet", "--out", "x", "--index", "Flat"], "--index: has no effect with --to"),
+        (["export", ".", "--to", "parquet", "--out", "x", "--set", "export.index=Flat"], "--set: has no effect with"),
+        (["export", "run", "--vectors", "item"], "--vectors: is for --to"),
+        (["serve", "published", "--port", "0"], "serve.port: must be in [1, 65535]; got 0"),
+        (["serve", "published", "--replicas", "0"], "serve.replicas: must be at least 1; got 0"),
+        (
+            ["train", "run/config.toml", "--set", "run=run/config.toml/x", "--set", "data.train=t.parquet"],
+            "run/config.toml/x: Not a directory",
+        ),
+        (
+            ["train", "run/config.toml", "--set", "run=/proc/nowhere", "--set", "data.train=t.parquet"],
+            "/proc/nowhere: No such file or directory",
+        ),
+        (["submit", "--address", "127.0.0.1:1", "--", "config"], "--address: must be the URL of the job server"),
         (["serve", "nowhere"], "nowhere: there is no such folder"),
         (["serve", "."], ".: is neither a run nor an artifact"),
         (["serve", "run"], "run: nothing was published from this run yet; run `lexshard export run`"),
@@ -82,6 +105,9 @@ def test_a_mistake_is_one_line_and_status_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text("")
+    pq.write_table(pa.table({"items": [[1, 2]]}), tmp_path / "t.parquet")
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "CURRENT").write_text("v1")
     assert cli.main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -132,9 +158,13 @@ class _Service(BaseHTTPRequestHandler):
     """Answers as the HTTP service does, and remembers what it was asked."""
 
     asked: ClassVar[list[str]] = []
+    other: ClassVar[bytes] = b""
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
+        if "key=other" in self.path:  # some other service
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + self.other)
+            return
         known = "key=nobody" not in self.path
         answer = {"version": "v1", "items": [{"key": "os.path", "score": 0.5}, {"key": 7, "score": -1}]}
         body = json.dumps(answer if known else {"error": {"code": "key_not_found", "message": "no 'nobody'"}}).encode()
@@ -171,6 +201,50 @@ def test_query_passes_the_services_reason_on(service: str, capsys: pytest.Captur
     assert capsys.readouterr().err == f"lexshard: error: {service} answered 404: no 'nobody'\n"
 
 
+@pytest.mark.parametrize("body", [b"[]", b'{"items": 3}', b"{}", b"<html>", b"\xff"])
+def test_query_wants_an_answer_of_ours(
+    service: str, body: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Service, "other", body)
+    assert cli.main(["query", service, "similar", "other"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"lexshard: error: {service} does not answer as a lexshard service: ")
+    assert error.count("\n") == 1
+
+
+def test_query_meets_a_server_that_speaks_no_http(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"SSH-2.0\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert cli.main(["query", f"http://127.0.0.1:{server.getsockname()[1]}", "similar", "a"]) == 2
+        thread.join()
+    assert "does not answer as a lexshard service: SSH-2.0" in capsys.readouterr().err
+
+
+def test_query_asks_no_proxy_for_this_machine(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert cli.main(["query", service, "similar", "a"]) == 0
+    assert cli._is_loopback("http://localhost:80")
+    assert cli._is_loopback("http://[::1]:80")
+    assert not cli._is_loopback("http://example.org")
+
+
+def test_query_for_a_user_of_a_model_without_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = publish(tmp_path)
+    assert cli.main(["query", str(folder), "recommend", "i0001", "--user", "u"]) == 2
+    assert (
+        capsys.readouterr().err == "lexshard: error: --user: the model of this artifact sees no users; leave it out\n"
+    )
+
+
 def test_query_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["query", "http://127.0.0.1:1", "similar", "a"]) == 2
     assert "http://127.0.0.1:1 does not answer" in capsys.readouterr().err
@@ -184,7 +258,9 @@ def test_train_passes_the_settings_on(
     def train(config: Any, *, fresh: bool, on_event: Any) -> dict[str, Any]:
         seen.update(workers=config.cluster.workers, dim=config.model.dim, fresh=fresh)
         on_event({"text": "going on"})
-        return {"run": config.run, "epochs": 2, "seconds": 61.0, "best": {"recall@20": 0.25}, "best_epoch": 2}
+        return {"run": config.run, "epochs": 2, "seconds": 61.0, "best": {"recall@20": 0.25}, "best_epoch": 2} | {
+            "bad_rows": 0
+        }
 
     monkeypatch.setattr("trainers.loop.train", train)
     (tmp_path / "run.toml").write_text('run = "runs/x"\n')
@@ -198,6 +274,36 @@ def test_train_passes_the_settings_on(
         "best recall@20 0.2500, after epoch 2",
         "next: lexshard export runs/x",
     ]
+
+
+def test_train_tells_of_rows_that_were_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {"run": "r", "epochs": 1, "seconds": 1.0, "best": {}, "best_epoch": None, "bad_rows": 1234}
+    monkeypatch.setattr("trainers.loop.train", lambda *_, **__: result)
+    (tmp_path / "run.toml").write_text("")
+    assert cli.main(["train", str(tmp_path / "run.toml")]) == 0
+    assert "left out: 1,234 bad rows\n" in capsys.readouterr().out
+
+
+def test_a_path_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = publish(tmp_path)
+    for kind in ("parquet", "word2vec"):
+        assert cli.main(["export", str(folder), "--to", kind, "--out", f"{tmp_path}/none/x"]) == 2
+        assert capsys.readouterr().err == f"lexshard: error: {tmp_path}/none: there is no such folder\n"
+    monkeypatch.setenv("LEXSHARD_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        cli.main(["export", str(folder), "--to", "parquet", "--out", f"{tmp_path}/none/x"])
+
+
+def test_sessions_over_their_own_log_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "log.parquet")
+    pq.write_table(pa.table({"u": ["a"], "i": ["x"], "t": [1]}), file)
+    assert cli.main(["sessions", file, file, "--item", "i", "--user", "u", "--time", "t"]) == 2
+    assert "is one of the files that are read" in capsys.readouterr().err
+    assert pq.read_table(file).num_rows == 1
 
 
 def test_user_errors_of_commands_reach_the_user(

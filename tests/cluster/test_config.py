@@ -22,11 +22,61 @@ def test_file_and_overrides(tmp_path: Path) -> None:
 
 
 def test_round_trips() -> None:
-    config = load_config(
-        None, ["model.hidden=[64, 32]", "data.query_features=['device']", "model.logq=0", 'run=a"b\\c']
-    )
+    overrides = ["model.kind=two_tower", "model.hidden=[64, 32]", "data.query_features=['device']", "model.logq=0"]
+    config = load_config(None, overrides)
     assert config_from_dict(config_to_dict(config)) == config
     assert config_from_dict(tomllib.loads(to_toml(config))) == config
+
+
+@pytest.mark.parametrize("text", ['a"b\\c', "\U0001f600 ünï", "two\nlines\ttab", "'\x00\x1f\x7f\x85\u2028'", "\\u0041"])
+def test_any_text_round_trips(text: str) -> None:
+    config = config_from_dict({"run": text, "data": {"train": text}})
+    assert config_from_dict(tomllib.loads(to_toml(config))) == config
+
+
+def test_a_file_is_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes('run = "läufe/\U0001f600"'.encode())
+    assert load_config(tmp_path / "run.toml").run == "läufe/\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("kind", "override"),
+    [
+        ("item2vec", "window=3"),
+        ("item2vec", "ordered=false"),
+        ("item2vec", "negatives=3"),
+        ("item2vec", "negative_exponent=0.1"),
+        ("item2vec", "subsample=0.1"),
+        ("two_tower", "query=['user']"),
+        ("two_tower", "share_items=false"),
+        ("two_tower", "hidden=[8]"),
+        ("two_tower", "examples=last_item"),
+        ("two_tower", "temperature=0.2"),
+        ("two_tower", "mask=item"),
+        ("two_tower", "logq=0.5"),
+        ("two_tower", "normalize=false"),
+        ("two_tower", "train.optimizer=sgd"),
+        ("two_tower", "train.dense_learning_rate=0.1"),
+        ("two_tower", "train.history_length=3"),
+        ("two_tower", "data.item_features=a.parquet"),
+        ("two_tower", "data.query_features=['a']"),
+    ],
+)
+def test_a_setting_of_the_other_kind_is_refused(kind: str, override: str) -> None:
+    path = override.split("=")[0]
+    override, path = (override, path) if "." in path else (f"model.{override}", f"model.{path}")
+    load_config(None, [f"model.kind={kind}", override])
+    other = "two_tower" if kind == "item2vec" else "item2vec"
+    with pytest.raises(SettingError, match=f"belongs to {kind}, but model.kind is {other}") as caught:
+        load_config(None, [f"model.kind={other}", override])
+    assert caught.value.path == path
+
+
+def test_settings_say_which_kind_they_belong_to() -> None:
+    docs = {path: doc for path, _, _, doc in describe(Config())}
+    assert docs["model.window"].startswith("item2vec: ")
+    assert docs["train.optimizer"].startswith("two_tower: ")
+    assert not docs["model.dim"].startswith(("item2vec", "two_tower"))
 
 
 def test_every_setting_is_documented() -> None:
@@ -48,7 +98,12 @@ def test_every_setting_is_documented() -> None:
         ("model.dim=true", "model.dim", "must be a whole number; got True"),
         ("model.dim=2", "model.dim", "must be in [4, 4096]; got 2"),
         ("train.epochs=0", "train.epochs", "must be at least 1; got 0"),
-        ("train.learning_rate=nan", "train.learning_rate", "must be a number; got nan"),
+        ("train.learning_rate=nan", "train.learning_rate", "must be a finite number; got nan"),
+        ("train.learning_rate=inf", "train.learning_rate", "must be a finite number; got inf"),
+        ("train.init_scale=-inf", "train.init_scale", "must be a finite number; got -inf"),
+        ("model.hidden=[8, 0]", "model.hidden[1]", "must be at least 1; got 0"),
+        ("run=s3://bucket/run", "run", "must be a local or mounted folder"),
+        ("data.time=when", "data.time", "there is no such setting"),
         ("train.learning_rate='fast'", "train.learning_rate", "must be a number; got 'fast'"),
         ("model.normalize=1", "model.normalize", "must be true or false; got 1"),
         ("model.hidden=[8, 'x']", "model.hidden[1]", "must be a whole number; got 'x'"),

@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 import ray
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import WorkerGroupError
+from torch.distributed import DistBackendError
 
 from cluster.errors import DataError, KeyNotFound, LaunchError, SettingError
 from cluster.launch import launch, report
-from cluster.ray_train import _UserError
+from cluster.local_ray import start_local_ray
+from cluster.ray_train import _error_of_fn, _UserError
 from tests.cluster import work
 
 SETTINGS: dict[str, Any] = {"numbers": [1, 2, 3.5, -4], "steps": 3, "nested": {"names": ["a", "b"]}}
@@ -23,7 +27,7 @@ SETTINGS: dict[str, Any] = {"numbers": [1, 2, 3.5, -4], "steps": 3, "nested": {"
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
     """A Ray that several launches share: starting one takes longer than the tests."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    start_local_ray(num_cpus=2, log_to_driver=False, object_store_memory=2**27)
     yield
     ray.shutdown()
 
@@ -79,12 +83,60 @@ def test_a_killed_worker_is_started_again(ray_here: None, tmp_path: Path) -> Non
     assert re.fullmatch(expected, event["text"])
 
 
-def test_too_many_failures_end_the_run_with_the_cause(ray_here: None, tmp_path: Path) -> None:
+def test_too_many_deaths_end_the_run_with_the_cause(ray_here: None, tmp_path: Path) -> None:
     with pytest.raises(LaunchError) as caught:
-        launch(work.crash, {}, workers=2, storage=str(tmp_path), max_failures=0)
-    assert str(caught.value) == (
-        "worker 1 failed: RuntimeError: a bug; the workers failed once and no restart is allowed (cluster.max_failures)"
+        launch(
+            work.die, {"calls": str(tmp_path / "calls"), "times": 9}, workers=2, storage=str(tmp_path), max_failures=0
+        )
+    expected = (
+        r"(a worker|worker 0) died \(killed, out of memory, or crashed\); the workers failed once and no restart is "
+        r"allowed \(cluster\.max_failures\)"
     )
+    assert re.fullmatch(expected, str(caught.value))
+
+
+def test_an_error_of_fn_is_not_retried(ray_here: None, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    with pytest.raises(LaunchError) as caught:
+        launch(work.crash, {"calls": str(calls)}, workers=2, storage=str(tmp_path), max_failures=3)
+    assert str(caught.value) == "worker 1 failed: RuntimeError: a bug"
+    assert calls.read_text() == "."
+
+
+@pytest.mark.parametrize(
+    ("failures", "told"),
+    [
+        (
+            {0: RuntimeError("[gloo/transport/tcp/pair.cc:538] Read error [127.0.0.1]:1: Connection reset by peer")},
+            None,
+        ),
+        ({0: DistBackendError("NCCL error: remote process exited")}, None),
+        ({0: ValueError("a bug")}, "worker 0 failed: ValueError: a bug"),
+        ({0: RuntimeError("[gloo] Connection closed"), 1: KeyError("x")}, "worker 1 failed: KeyError: 'x'"),
+        ({0: KeyError("x"), 1: WorkerHealthCheckFailedError("gone", failure=ray.exceptions.RayActorError())}, None),
+        ({}, None),
+    ],
+)
+def test_only_deaths_and_lost_connections_are_retried(failures: dict[int, Exception], told: str | None) -> None:
+    assert _error_of_fn(WorkerGroupError("failed", failures)) == told
+
+
+def test_a_local_ray_is_not_reachable_from_outside() -> None:
+    """In a process of its own; every listening socket of it and its children is looked at."""
+    script = (
+        "import psutil, ray; from cluster.local_ray import start_local_ray\n"
+        "start_local_ray(num_cpus=1, log_to_driver=False, object_store_memory=2**27)\n"
+        "ray.get(ray.remote(lambda: 1).remote())\n"
+        "me = psutil.Process()\n"
+        "for process in [me, *me.children(recursive=True)]:\n"
+        "    for one in process.net_connections('tcp'):\n"
+        "        if one.status == 'LISTEN': print(one.laddr.ip)\n"
+    )
+    root = Path(__file__).parents[2]
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
+    addresses = run.stdout.split()
+    assert len(addresses) > 3
+    assert {address.removeprefix("::ffff:") for address in addresses} == {"127.0.0.1"}
 
 
 def test_ctrl_c_stops_the_workers(tmp_path: Path) -> None:
@@ -127,7 +179,7 @@ def test_cuda_on_a_cluster_without_gpus_is_refused(ray_here: None, tmp_path: Pat
 
 def test_inline_errors_pass_through(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a bug"):
-        launch(work.crash, {}, workers=1, storage=str(tmp_path))
+        launch(work.crash, {"calls": str(tmp_path / "calls")}, workers=1, storage=str(tmp_path))
     assert "RANK" not in os.environ
 
 

@@ -73,3 +73,13 @@ def test_threads_share_the_cores_by_default() -> None:
         assert threads == num_cores()
     with torch_threads(0, local_world_size=10 * num_cores()) as threads:
         assert threads == 1
+
+
+def test_auto_is_the_device_that_the_group_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU, in a run whose launcher has chosen cpu."""
+    with process_group("cpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert current_rank("auto").device == torch.device("cpu")
+        monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        assert current_rank("auto").device == torch.device("cuda", 0)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 def _free_port() -> int:
     """Ray's own default is one number for every cluster of a machine."""
     with socket.socket() as probe:
-        probe.bind(("", 0))
+        probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 

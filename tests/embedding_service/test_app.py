@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import yaml  # type: ignore[import-untyped]
@@ -23,11 +24,12 @@ import yaml  # type: ignore[import-untyped]
 from cluster.errors import ArtifactError, SettingError
 from embedding_service.app import Service, build, check_port, high_throughput_environment, http_api, serve_artifact
 from embedding_service.artifact import Artifact, ArtifactWriter
-from embedding_service.http_schema import Limits
+from embedding_service.http_schema import ARROW_TYPE, Limits
 from embedding_service.keys import Vocabulary
 from embedding_service.retrieval import Retriever
 from embedding_service.towers import TowerInput, TowerSpec
 from tests.embedding_service.test_http_api import ask, keys_of
+from tests.embedding_service.test_http_arrow import column, stream
 
 DIM = 8
 GROUPS = 5  # items item-0, item-5, item-10... share a direction
@@ -237,6 +239,22 @@ class TestService:
         assert keys_of(results[2]) == KEYS[:5]
         assert [result["cold_start"] for result in results] == [False, False, True]
         assert [result["unknown_user"] for result in results] == [False, False, True]
+
+    def test_a_search_in_arrow(self, service: Service, folder: Path) -> None:
+        vectors = np.repeat(np.eye(GROUPS, DIM, dtype=np.float32), 300, axis=0)  # more than a proxy's buffer
+        connection = http.client.HTTPConnection(service.address.removeprefix("http://"), timeout=30)
+        connection.request("POST", "/v1/search?k=4", stream([column(vectors)]), {"Content-Type": ARROW_TYPE})
+        table = pa.ipc.open_stream(connection.getresponse().read()).read_all()
+        connection.close()
+        groups = [{group_of(key) for key in keys} for keys in table["keys"].to_pylist()]
+        assert groups == [{g} for g in range(GROUPS) for _ in range(300)]
+        assert table.schema.metadata == {b"version": folder.name.encode()}
+
+    def test_it_is_not_put_behind_other_processes(self, service: Service) -> None:
+        """Ray would run its workers at niceness 15."""
+        workers = [one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::Serve")]
+        assert workers
+        assert {one.nice() for one in workers} == {psutil.Process().nice()}
 
     def test_mistakes(self, service: Service) -> None:
         status, answer = request(service, "GET", "/v1/similar?key=nope")

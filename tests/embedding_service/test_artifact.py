@@ -166,7 +166,7 @@ def test_a_sink_refuses_what_does_not_belong(tmp_path: Path) -> None:
             sink.write(0, np.ones((1, 3), np.float32))
         with pytest.raises(ValueError, match=r"rows 2\.\.3 are not all in 0\.\.2"):
             sink.write(2, np.ones((2, 2), np.float32))
-        with pytest.raises(ValueError, match="from row 1 on: row 0 holds nan"):
+        with pytest.raises(ArtifactError, match="from row 1 on: row 0 holds nan"):
             sink.write(1, np.array([[np.nan, 0]], np.float32))
         with pytest.raises(ValueError, match="row 2 has length 2, not 1"):
             sink.write(1, np.array([[0, 1], [0, 2]], np.float32))

@@ -18,8 +18,9 @@ import pytest
 
 from cluster.errors import KeyNotFound, SettingError
 from embedding_service.http_api import HttpApi
-from embedding_service.http_schema import Catalogue, Key, Limits
+from embedding_service.http_schema import ARROW_TYPE, Catalogue, Key, Limits
 from embedding_service.keys import Vocabulary
+from tests.embedding_service.test_http_arrow import column, stream
 
 DIM = 3
 VECTORS = np.eye(6, DIM, dtype=np.float32) + np.float32(0.25)
@@ -30,6 +31,14 @@ class Found:
     keys: list[list[Key]]
     scores: np.ndarray
     cold_start: list[bool]
+
+    @property
+    def flat_keys(self) -> pa.Array:
+        return pa.array([key for keys in self.keys for key in keys])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(keys) for keys in self.keys])
 
 
 class BruteForce:
@@ -243,6 +252,58 @@ class TestSearch:
         status, code, message = ask(api, "POST", "/v1/search", b'{"vector": [1, 2, %s]}' % number).error
         assert (status, code) == (400, "invalid_json")
         assert "the body is not valid JSON" in message
+
+
+class TestArrow:
+    """The bulk form of search; `test_http_arrow` has what a stream may be."""
+
+    def post(self, api: HttpApi, body: bytes, target: str = "/v1/search", **options: Any) -> Reply:
+        return ask(api, "POST", target, body, headers=[(b"content-type", ARROW_TYPE.encode())], **options)
+
+    def test_it_is_the_json_batch(self, api: HttpApi) -> None:
+        vectors = np.array([[1, 0, 0], [0, 1, 0], [0.5, 0, 2]], np.float32)
+        reply = self.post(api, stream([column(vectors)]), "/v1/search?k=2")
+        assert (reply.status, reply.headers["content-type"]) == (200, ARROW_TYPE)
+        table = pa.ipc.open_stream(reply.body).read_all()
+        results = ask(api, "POST", "/v1/search", {"vectors": vectors.tolist(), "k": 2}).json["results"]
+        assert table["keys"].to_pylist() == [keys_of(result) for result in results]
+        assert table["scores"].to_pylist() == [[item["score"] for item in result["items"]] for result in results]
+        assert table.schema.metadata == {b"version": b"v7"}
+
+    def test_integer_keys(self, int_api: HttpApi) -> None:
+        table = pa.ipc.open_stream(
+            self.post(int_api, stream([column(np.eye(3, dtype=np.float32))]), "/v1/search?k=4").body
+        ).read_all()
+        assert table.schema.field("keys").type == pa.list_(pa.int64())
+        assert [sorted(keys) for keys in table["keys"].to_pylist()] == [[-20, 10, 30]] * 3
+
+    def test_queries_with_fewer_results_are_shorter(
+        self, api: HttpApi, retriever: BruteForce, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scores = np.array([[3, 2], [1, -np.inf]], np.float32)
+        monkeypatch.setattr(retriever, "search", lambda *_: Found([["a", "b"], ["c"]], scores, [False] * 2))
+        table = pa.ipc.open_stream(
+            self.post(api, stream([column(np.eye(2, DIM, dtype=np.float32))]), "/v1/search?k=2").body
+        ).read_all()
+        assert table.to_pydict() == {"keys": [["a", "b"], ["c"]], "scores": [[3.0, 2.0], [1.0]]}
+
+    def test_refusals_are_json(self, api: HttpApi) -> None:
+        three, five = (stream([column(np.ones((num, DIM), np.float32))]) for num in (3, 5))
+        status, code, message = self.post(api, b"{}").error
+        assert (status, code) == (400, "invalid_arrow")
+        assert self.post(api, five).error[:2] == (413, "batch_too_large")
+        message = "3 queries times k = 5 are 15 results; the limit is 12: send several requests"
+        assert self.post(api, three, "/v1/search?k=5").error == (413, "batch_too_large", message)
+        message = "`k` must be an integer in [1, 5]; got '6'"
+        assert self.post(api, three, "/v1/search?k=6").error == (400, "invalid_request", message)
+        message = "there is no parameter `n`; known here: k"
+        assert self.post(api, three, "/v1/search?n=6").error == (400, "unknown_parameter", message)
+
+    def test_large_streams_leave_the_event_loop(self, retriever: BruteForce, items: Vocabulary) -> None:
+        api = HttpApi(retriever, Catalogue("v1", 6, DIM, "string"), items)
+        body = stream([column(np.ones((8000, DIM), np.float32))])
+        assert pa.ipc.open_stream(self.post(api, body, chunk=20_000).body).read_all().num_rows == 8000
+        assert retriever.threads == ["retrieval_0"]
 
 
 class TestRecommend:
@@ -541,6 +602,8 @@ class TestPages:
         for path, methods in document["paths"].items():
             if "post" in methods:
                 example = methods["post"]["requestBody"]["content"]["application/json"]["example"]
+                for kind in (methods["post"]["requestBody"]["content"], methods["post"]["responses"]["200"]["content"]):
+                    assert (ARROW_TYPE in kind) == (path == "/v1/search")
                 assert ask(api, "POST", path, example).status == 200
 
     def test_openapi_knows_this_catalogue(self, api: HttpApi, int_api: HttpApi) -> None:
@@ -552,6 +615,63 @@ class TestPages:
         assert "user" not in integers["Recommend"]["properties"]
         vector = strings["Search"]["properties"]["vector"]
         assert (vector["minItems"], vector["maxItems"]) == (DIM, DIM)
+
+
+class TestTogether:
+    """Single requests that wait side by side are answered in one call, each as if it were alone."""
+
+    def at_once(self, api: HttpApi, targets: Sequence[str]) -> list[tuple[int, Any]]:
+        async def request(target: str) -> tuple[int, Any]:
+            sent: list[Any] = []
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            async def receive() -> Any:
+                raise AssertionError("a GET has no body")
+
+            path, _, query = target.partition("?")
+            scope = {"type": "http", "method": "GET", "path": path, "query_string": query.encode(), "headers": []}
+            await api(scope, receive, send)
+            return sent[0]["status"], json.loads(sent[1]["body"])
+
+        async def run() -> list[tuple[int, Any]]:
+            return await asyncio.gather(*map(request, targets))
+
+        return asyncio.run(run())
+
+    def test_each_is_answered_as_alone(self, api: HttpApi, retriever: BruteForce) -> None:
+        targets = [
+            "/v1/recommend?items=a&k=3",
+            "/v1/similar?key=a&k=3",
+            "/v1/recommend?items=b&items=nope&user=7&k=3",
+            "/v1/recommend?items=a&k=3&exclude_seen=0",
+            "/v1/similar?key=b&k=3",
+            "/v1/recommend?user=99&k=3",
+            "/v1/similar?key=a&k=2",
+        ]
+        together = self.at_once(api, targets)
+        assert len(retriever.threads) == 4  # recommend twice, similar twice
+        for target, (status, answer) in zip(targets, together, strict=True):
+            assert (status, answer) == (200, ask(api, "GET", target).json)
+
+    def test_an_unknown_key_fails_only_its_own_request(self, api: HttpApi) -> None:
+        answers = self.at_once(api, [f"/v1/similar?key={key}&k=2" for key in ("a", "nope", "b", "c")])
+        assert [status for status, _ in answers] == [200, 404, 200, 200]
+        assert answers[1][1]["error"]["message"] == "key 'nope' is not in the item vocabulary"
+        assert answers[2][1] == ask(api, "GET", "/v1/similar?key=b&k=2").json
+
+    def test_a_bug_fails_those_it_meets(
+        self, api: HttpApi, retriever: BruteForce, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("secret detail")
+
+        monkeypatch.setattr(retriever, "similar", broken)
+        with caplog.at_level(logging.ERROR):
+            answers = self.at_once(api, ["/v1/similar?key=a", "/v1/recommend?items=a", "/v1/similar?key=b"])
+        assert [status for status, _ in answers] == [500, 200, 500]
+        assert [record.getMessage() for record in caplog.records] == ["GET /v1/similar failed"] * 2
 
 
 class TestThreads:

@@ -199,9 +199,10 @@ def test_padding_where_the_index_finds_too_few(vectors: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("Magic7", "cannot make 'Magic7' for 16 dimensions"),
+        ("Magic7", "cannot make 'Magic7' for 16 dimensions and inner product: could not parse index string Magic7"),
         ("", "cannot make '' for 16 dimensions"),
-        ("PQ7", "cannot make 'PQ7' for 16 dimensions"),
+        ("PQ7", "cannot make 'PQ7' for 16 dimensions and inner product: The dimension of the vector (d) should"),
+        ("HNSW32,xx", "and inner product: could not parse HNSW code description xx in HNSW32,xx"),
         ("IVF16,PQ5", "cannot make 'IVF16,PQ5' for 16 dimensions"),
         ("IVF4096,Flat", "wants 39 vectors for each, 159744 in all; there are 2500: take at most 64 lists"),
         ("OPQ8,IVF16,PQ8x4", "256 centroids and wants 39 vectors for each, 9984 in all; there are 2500"),
@@ -260,6 +261,29 @@ def test_the_gpu_is_taken_where_it_can_be(vectors: np.ndarray, monkeypatch: pyte
     with tempfile.TemporaryDirectory() as folder:
         index.save(Path(folder) / "x.faiss")
     assert back == ["IndexIVFScalarQuantizer"]
+
+
+def test_few_queries_are_searched_by_one_thread(vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = VectorIndex.build(vectors, metric="ip", factory="Flat", threads=1)
+    used = []
+
+    class Noting:
+        def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            used.append(faiss.omp_get_max_threads())
+            if k > 5:
+                raise RuntimeError("too many")
+            return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
+
+    monkeypatch.setattr(index, "_index", Noting())
+    faiss.omp_set_num_threads(3)
+    try:
+        index.search_rows(vectors[:32], 5)
+        index.search_rows(vectors[:33], 5)
+        with pytest.raises(RuntimeError):
+            index.search_rows(vectors[:1], 6)
+        assert (used, faiss.omp_get_max_threads()) == ([1, 3, 1], 3)
+    finally:
+        faiss.omp_set_num_threads(1)
 
 
 def test_wrong_queries_and_parameters_are_refused(vectors: np.ndarray) -> None:

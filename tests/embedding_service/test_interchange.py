@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from gensim.models import KeyedVectors
 
 from cluster.errors import DataError
 from embedding_service.exact import ArrayVectors
@@ -32,11 +33,10 @@ def vectors() -> ArrayVectors:
 def test_gensim_loads_what_was_written(
     tmp_path: Path, keys: list[Any], vectors: ArrayVectors, binary: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gensim = pytest.importorskip("gensim.models")
     monkeypatch.setattr("embedding_service.interchange._CHUNK_VALUES", 600)  # several chunks
     path = tmp_path / "vectors.w2v"
     write_word2vec(path, vocabulary(keys), vectors, binary=binary)
-    loaded = gensim.KeyedVectors.load_word2vec_format(str(path), binary=binary)
+    loaded = KeyedVectors.load_word2vec_format(str(path), binary=binary)
     assert loaded.index_to_key == [str(key) for key in keys]
     np.testing.assert_array_equal(loaded.vectors, vectors.array)
     assert [file.name for file in tmp_path.iterdir()] == ["vectors.w2v"]
@@ -80,3 +80,15 @@ def test_the_unknown_row_is_left_out_and_misfits_are_refused(tmp_path: Path) -> 
     for write in (write_word2vec, write_parquet):
         with pytest.raises(DataError, match="3 vectors do not belong to 1 keys"):
             write(tmp_path / "x", vocabulary(["a"]), three)
+
+
+@pytest.mark.parametrize("write", [write_word2vec, write_parquet])
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, write: Any) -> None:
+    one = ArrayVectors(np.ones((1, 2), np.float32))
+    with pytest.raises(FileNotFoundError, match="there is no such folder") as missing:
+        write(tmp_path / "none" / "v", vocabulary(["a"]), one)
+    assert missing.value.filename == str(tmp_path / "none")
+    with pytest.raises(IsADirectoryError) as folder:
+        write(tmp_path, vocabulary(["a"]), one)
+    assert folder.value.filename == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []

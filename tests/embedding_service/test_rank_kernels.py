@@ -9,6 +9,8 @@ import pytest
 
 from embedding_service import rank_kernels as kernels
 from embedding_service.exact import Metric, pair_scores
+from embedding_service.quantize import PRECISIONS, Precision, encode
+from embedding_service.vectors import VectorSet
 
 
 def reference(scores: np.ndarray, rows: np.ndarray, seen: set[int], k: int) -> tuple[list[float], list[int]]:
@@ -22,23 +24,25 @@ def reference(scores: np.ndarray, rows: np.ndarray, seen: set[int], k: int) -> t
 @pytest.mark.parametrize("metric", ["ip", "cosine"])
 @pytest.mark.parametrize("width", [1, 5, 40, 200])  # below and above the insertion sort
 @pytest.mark.parametrize("ties", [False, True])
-def test_best_unseen(metric: Metric, width: int, ties: bool) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_best_unseen(metric: Metric, width: int, ties: bool, precision: Precision) -> None:
     rng = np.random.default_rng(width)
     num, dim, k = 7, 6, 4
     queries = rng.standard_normal((num, dim)).astype(np.float32)
     found = np.stack([rng.permutation(300)[:width] for _ in range(num)]).astype(np.int64)
-    vectors = rng.standard_normal((num, width, dim)).astype(np.float32)
+    vectors = rng.standard_normal((300, dim)).astype(np.float32)
     if ties:
-        vectors[:] = vectors[:, :1]
+        vectors[:] = vectors[0]
+    stored = VectorSet(*encode(vectors, precision), precision)
     found[2, width // 2 :] = -1
     seen = [rng.choice(found[i], min(width, i)) for i in range(num)]
     offsets = np.concatenate([[0], np.cumsum([len(one) for one in seen])]).astype(np.int64)
     scores, rows = np.empty((num, k), np.float32), np.empty((num, k), np.int64)
     lacking = np.empty(num, np.bool_)
     count = kernels.best_unseen(
-        queries, found, vectors, metric == "cosine", width, np.concatenate(seen), offsets, scores, rows, lacking
+        queries, found, *stored.stored, metric == "cosine", width, np.concatenate(seen), offsets, scores, rows, lacking
     )
-    exact = pair_scores(queries, vectors, metric)
+    exact = pair_scores(queries, stored.take(found), metric)
     for i in range(num):
         want_scores, want_rows = reference(exact[i], found[i], set(seen[i].tolist()), k)
         assert rows[i].tolist() == want_rows
@@ -48,14 +52,24 @@ def test_best_unseen(metric: Metric, width: int, ties: bool) -> None:
 
 
 def test_a_tie_at_the_border_lacks() -> None:
-    vectors = np.ones((2, 3, 2), np.float32)
-    vectors[1, :, 0] = [3, 2, 1]
-    rows = np.array([[0, 1, 2], [0, 1, 2]])
+    vectors = np.array([[1, 1], [1, 1], [1, 1], [3, 1], [2, 1], [1, 1]], np.float32)
+    rows = np.array([[0, 1, 2], [3, 4, 5]])
     out_scores, out_rows, lacking = np.empty((2, 2), np.float32), np.empty((2, 2), np.int64), np.empty(2, np.bool_)
     none, offsets = np.empty(0, np.int64), np.zeros(3, np.int64)
-    queries = np.ones((2, 2), np.float32)
-    assert kernels.best_unseen(queries, rows, vectors, False, 2, none, offsets, out_scores, out_rows, lacking) == 1
+    queries, stored = np.ones((2, 2), np.float32), VectorSet(vectors, None, "fp32").stored
+    assert kernels.best_unseen(queries, rows, *stored, False, 2, none, offsets, out_scores, out_rows, lacking) == 1
     assert lacking.tolist() == [True, False]
+
+
+def test_every_half_is_decoded_exactly() -> None:
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    stored = VectorSet(halves[np.isfinite(halves), None], None, "fp16")
+    num = stored.rows
+    scores, rows, lacking = np.empty((num, 1), np.float32), np.empty((num, 1), np.int64), np.empty(num, np.bool_)
+    none, offsets, found = np.empty(0, np.int64), np.zeros(num + 1, np.int64), np.arange(num)[:, None]
+    queries = np.ones((num, 1), np.float32)
+    kernels.best_unseen(queries, found, *stored.stored, False, 1, none, offsets, scores, rows, lacking)
+    assert (scores == stored.take(found[:, 0])).all()
 
 
 def test_pool() -> None:

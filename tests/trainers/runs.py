@@ -36,11 +36,13 @@ def small_config(folder: Path, source: Path, /, **sections: dict[str, Any]) -> C
     tree: dict[str, Any] = {
         "run": str(folder),
         "data": {"train": str(source), "shuffle_sessions": 200, "holdout": "items", "holdout_fraction": 0.1},
-        "model": {"kind": "item2vec", "dim": 8, "negatives": 3, "history_length": 0},
+        "model": {"kind": "item2vec", "dim": 8, "history_length": 0},
         "train": {"epochs": 4, "batch_size": 300, "threads": 1, "checkpoint_seconds": 0.0, "report_seconds": 0.0},
     }
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}
+    if tree["model"]["kind"] == "item2vec":
+        tree["model"].setdefault("negatives", 3)
     return config_from_dict(tree)
 
 
@@ -106,3 +108,28 @@ def diary_worker(settings: dict[str, Any]) -> Any:
         return loop.train_worker(settings)
     finally:
         TwoTower.prepare, TwoTower.step, loop._Run._count = prepare, original_step, count  # type: ignore[method-assign]
+
+
+def worker_dying_at_a_rename(settings: dict[str, Any]) -> Any:
+    """`train_worker` whose process is killed just before its `settings["nth"]`-th rename once training has begun."""
+    left, rename, replace, train = settings.pop("nth"), os.rename, os.replace, loop._Run.train
+
+    def counted(change: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*arguments, **options)
+
+        return call
+
+    def begin(self: Any) -> None:
+        os.rename, os.replace = counted(rename), counted(replace)
+        train(self)
+
+    loop._Run.train = begin  # type: ignore[method-assign]
+    try:
+        return loop.train_worker(settings)
+    finally:
+        loop._Run.train, os.rename, os.replace = train, rename, replace  # type: ignore[method-assign]

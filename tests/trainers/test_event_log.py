@@ -290,3 +290,16 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         sessionize(str(source), tmp_path / "out", **arguments)
     assert list(spill.iterdir()) == []
+
+
+def test_the_output_is_no_source_and_no_folder(tmp_path: Path) -> None:
+    source = tmp_path / "log.parquet"
+    pq.write_table(log([("u", 1, "a")]), source)
+    (tmp_path / "link.parquet").symlink_to(source)
+    before = source.read_bytes()
+    for output in (source, tmp_path / "link.parquet", f"file://{source}"):
+        with pytest.raises(SettingError, match="is one of the files that are read; name another"):
+            sessionize(str(source), output, item="sku", time="ts", user="uid")
+    with pytest.raises(SettingError, match="is a folder; name the Parquet file to write"):
+        sessionize(str(source), tmp_path, item="sku", time="ts", user="uid")
+    assert source.read_bytes() == before

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.config import Config, config_from_dict
 from cluster.errors import CheckpointError, DataError, SettingError
-from trainers.prepare import Prepared, discard, holdout_of, load_prepared, open_reader, prepare
+from trainers.prepare import Prepared, check_feature_names, holdout_of, load_prepared, open_reader, prepare
 
 # item "a" 4 times, "b" 3, "c" 2, "d" once; users 5, 7, 5, 9; one session is empty
 SESSIONS = pa.table(
@@ -25,16 +25,16 @@ SESSIONS = pa.table(
 def config_of(folder: Path, table: pa.Table = SESSIONS, **sections: dict[str, Any]) -> Config:
     source = folder / "sessions.parquet"
     pq.write_table(table, source, row_group_size=2)
-    tree: dict[str, Any] = {"run": str(folder / "run"), "data": {"train": str(source)}}
+    tree: dict[str, Any] = {"run": str(folder / "run"), "data": {"train": str(source)}, "model": {"kind": "two_tower"}}
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}
     (folder / "run").mkdir(exist_ok=True)
     return config_from_dict(tree)
 
 
-def prepared_by(config: Config) -> Prepared:
+def prepared_by(config: Config, *, is_begun: bool = False) -> Prepared:
     reader = open_reader(config)
-    prepare(config, reader)
+    prepare(config, reader, is_begun=is_begun)
     return load_prepared(config.run, reader.fingerprint)
 
 
@@ -64,7 +64,6 @@ def test_keys_become_rows_by_frequency(tmp_path: Path) -> None:
 def test_rare_items_are_left_out_or_share_a_row(tmp_path: Path) -> None:
     config = config_of(tmp_path, keys={"min_count": 3})
     assert everything(config, prepared_by(config))[0] == [[0, 1, 0], [1, 0], [], [0, 1]]
-    discard(config.run)
     config = config_of(tmp_path, keys={"min_count": 3, "unknown": "row"})
     assert everything(config, prepared_by(config))[0] == [[0, 1, 2, 0], [1, 0], [], [0, 2, 2, 1]]
 
@@ -109,10 +108,41 @@ def test_it_is_done_once(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_other_data_under_an_old_run_are_refused(tmp_path: Path) -> None:
+def test_other_data_under_a_begun_run_are_refused(tmp_path: Path) -> None:
     prepared_by(config_of(tmp_path))
-    with pytest.raises(CheckpointError, match="begun with other training data"):
-        prepared_by(config_of(tmp_path, pa.concat_tables([SESSIONS, SESSIONS])))
+    with pytest.raises(CheckpointError, match=r"begun with other training data.*--fresh"):
+        prepared_by(config_of(tmp_path, pa.concat_tables([SESSIONS, SESSIONS])), is_begun=True)
+
+
+def test_other_data_or_settings_before_the_first_checkpoint_replace_what_was_built(tmp_path: Path) -> None:
+    prepared_by(config_of(tmp_path))
+    doubled = prepared_by(config_of(tmp_path, pa.concat_tables([SESSIONS, SESSIONS])))
+    assert doubled.keys["item"].counts.tolist() == [8, 6, 4, 2]
+    assert "user" not in doubled.keys
+    with_users = prepared_by(config_of(tmp_path, data={"user": "user"}, keys={"min_count": 2}))
+    assert with_users.keys["item"].counts.tolist() == [4, 3, 2]
+    assert with_users.keys["user"].num_rows == 3
+
+
+@pytest.mark.parametrize("name", ["geo.country", "a/b", "Länge", "", "x" * 65, "user", "item", "history"])
+def test_feature_names_that_cannot_be_used_are_named(name: str) -> None:
+    with pytest.raises(SettingError, match=r"data\.query_features: column `.*rename"):
+        check_feature_names("data.query_features", [name])
+
+
+@pytest.mark.parametrize("name", ["id", "file", "allow_pickle", "candidate", "Brand_2"])
+def test_any_other_name_of_an_item_feature_will_do(tmp_path: Path, name: str) -> None:
+    pq.write_table(pa.table({"item": ["a"], name: ["z"]}), tmp_path / "side.parquet")
+    found = prepared_by(config_of(tmp_path, data={"item_features": str(tmp_path / "side.parquet")}))
+    assert found.item_features[name].tolist() == [0, -1, -1, -1]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", "null"])
+def test_a_damaged_description_is_named(tmp_path: Path, text: str) -> None:
+    folder = prepared_by(config_of(tmp_path)).folder
+    (folder / "prepared.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"prepared\.json is damaged.*--fresh"):
+        load_prepared(tmp_path / "run")
 
 
 def test_an_attempt_that_was_killed_is_begun_again(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cluster.config import Config, config_to_dict
-from cluster.errors import CheckpointError, LaunchError
+from cluster.errors import CheckpointError, DataError, LaunchError
 from cluster.launch import launch
 from tests.trainers.runs import diary_worker, final_tensors, mortal_worker, small_config, write_sessions
 from trainers.checkpoint import CheckpointStore
@@ -82,6 +82,19 @@ def test_killed_driver_ends_bit_equal(data: Path, tmp_path: Path) -> None:
     assert final_tensors(killed) == final_tensors(calm)
 
 
+@pytest.mark.parametrize("nth", [1, 4, 7, 10])
+def test_killed_while_a_checkpoint_is_written(data: Path, tmp_path: Path, nth: int) -> None:
+    """By SIGKILL before the n-th rename of a process that writes a checkpoint with every step."""
+    calm = small_config(tmp_path / "calm", data, train={"epochs": 2})
+    train(calm, on_event=silent)
+    killed = small_config(tmp_path / "killed", data, train={"epochs": 2})
+    Path(killed.run).mkdir()
+    assert run_inline_in_a_process(killed, "worker_dying_at_a_rename", nth=nth) == -9
+    train(killed, on_event=silent)
+    assert final_tensors(killed) == final_tensors(calm)
+    assert not [path for path in CheckpointStore(killed.run).folder.iterdir() if path.name.startswith(".")]
+
+
 def test_every_session_once_over_two_one_and_three_workers(data: Path, tmp_path: Path) -> None:
     config = small_config(
         tmp_path / "run",
@@ -140,6 +153,27 @@ class TestRefusedCheckpoints:
         train(longer, on_event=lambda event: notes.append(event.get("text", "")))
         assert any(f"{last}: file {tensors.name} is damaged" in note and before in note for note in notes)
         assert json.loads((Path(run.run) / "result.json").read_text())["epochs"] == 3
+
+    def test_damaged_key_maps_come_back_from_the_checkpoint(self, run: Config, data: Path) -> None:
+        prepared = Path(run.run) / "prepared"
+        (prepared / "item.arrow").write_bytes(b"garbage")
+        (prepared / "prepared.json").write_text("{}")
+        result = train(small_config(Path(run.run), data, train={"epochs": 3}), on_event=silent)
+        assert result["epochs"] == 3
+
+    def test_refused_settings_leave_the_run_as_it_was(self, run: Config, data: Path) -> None:
+        before = (Path(run.run) / "config.toml").read_bytes()
+        with pytest.raises(CheckpointError):
+            train(small_config(Path(run.run), data, model={"dim": 12}), on_event=silent)
+        with pytest.raises(DataError):
+            train(small_config(Path(run.run), data.with_name("typo.parquet")), fresh=True, on_event=silent)
+        assert (Path(run.run) / "config.toml").read_bytes() == before
+        assert CheckpointStore(run.run).names()
+
+    def test_another_metric_chooses_anew(self, run: Config, data: Path) -> None:
+        config = small_config(Path(run.run), data, train={"epochs": 3, "metric": "ndcg@10"})
+        result = train(config, on_event=silent)
+        assert result["best"]["ndcg@10"] == result["validations"][-1]["ndcg@10"]
 
     def test_all_damaged_is_an_error_and_nothing_is_lost(self, run: Config, data: Path) -> None:
         store = CheckpointStore(run.run)

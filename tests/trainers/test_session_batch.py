@@ -198,7 +198,7 @@ KEY = "integers, strings or a dictionary of them"
             {"items": [[1]], "t": ["noon"]},
             Columns(time="t"),
             "column `t` (for time) is string; expected a timestamp, a date or a number; convert it, or name another "
-            "column with `--set data.time=NAME`",
+            "column with `time=NAME`",
         ),
         (
             {"items": [[1]], "history": [["a"]]},

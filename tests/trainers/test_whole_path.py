@@ -151,6 +151,29 @@ class TestMistakes:
         with pytest.raises(SettingError, match=r"train\.metric.*did you mean recall@20"):
             train(config, on_event=lambda event: None)
 
+    def test_divergence_is_told(self, tmp_path: Path, data: Path) -> None:
+        config = small_config(
+            tmp_path / "run",
+            data / "train.parquet",
+            model={"kind": "two_tower", "normalize": False},
+            train={"optimizer": "sgd", "learning_rate": 1e6},
+        )
+        with pytest.raises(SettingError, match=r"train\.learning_rate: the loss is not a finite number at step \d"):
+            train(config, on_event=lambda event: None)
+
+    @pytest.mark.parametrize("kind", ["item2vec", "two_tower"])
+    def test_nothing_to_train_on(self, tmp_path: Path, kind: str) -> None:
+        pq.write_table(pa.table({"items": [[1], [2], [3], []]}), tmp_path / "singles.parquet")
+        config = small_config(
+            tmp_path / "run", tmp_path / "singles.parquet", model={"kind": kind}, data={"holdout": "none"}
+        )
+        with pytest.raises(DataError, match=r"singles\.parquet: there is nothing to train on"):
+            train(config, on_event=lambda event: None)
+
+    def test_absurd_k(self, run: Config) -> None:
+        with pytest.raises(SettingError, match="1000000000 is more than the catalogue's 120 items"):
+            evaluate(run.run, cases="valid", ks=(10**9,))
+
     def test_damaged_artifact(self, run: Config, tmp_path: Path) -> None:
         version = export_run(run.run, out=tmp_path / "artifacts", on_event=lambda event: None)
         vectors = version / "vectors" / "item.npy"
