@@ -224,7 +224,7 @@ class Service:
         reachable = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
         self.address = f"http://{reachable}:{port}"
         self._host, self._port, self._reachable = host, port, reachable
-        self._owns_ray = self._deployed = False
+        self._owns_ray = self._own_cluster = self._deployed = False
         self._mark = uuid.uuid4().hex  # in the environment of Serve's processes
         self._former_sigterm: Any = None
 
@@ -250,7 +250,7 @@ class Service:
 
         if not ray.is_initialized():
             needed = int(args["replicas"]) * int(args["threads"])
-            self._owns_ray = True
+            self._owns_ray, self._own_cluster = True, not address
             try:
                 if address:
                     ray.init(address=address, logging_level=logging.WARNING)
@@ -305,7 +305,7 @@ class Service:
             if self._former_sigterm is not None:
                 signal.signal(signal.SIGTERM, self._former_sigterm)
             self._former_sigterm = None
-            self._owns_ray = self._deployed = False
+            self._owns_ray = self._own_cluster = self._deployed = False
 
     def _stop_ray(self) -> None:
         if not (self._deployed or self._owns_ray):
@@ -316,10 +316,11 @@ class Service:
 
         in_order = not self._deployed or not ray.is_initialized() or _delete_application()
         if self._owns_ray:
-            if not in_order:  # without its Ray, `ray.shutdown` may end this process
+            if self._own_cluster and not in_order:  # `ray.shutdown` of a Ray that is gone may end this process
                 end_processes(MARK, self._mark)
             ray.shutdown()
-            end_processes(MARK, self._mark)
+            if self._own_cluster:
+                end_processes(MARK, self._mark)
 
     def _await_answer(self, deadline: float) -> None:
         """Wait until HAProxy, which learns of replicas with a delay, passes requests on."""

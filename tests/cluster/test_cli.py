@@ -77,6 +77,7 @@ def test_config_shows_what_is_in_force(capsys: pytest.CaptureFixture[str], tmp_p
         (["export", ".", "--to", "parquet", "--out", "x", "--set", "export.index=Flat"], "--set: has no effect with"),
         (["export", "run", "--vectors", "item"], "--vectors: is for --to"),
         (["serve", "published", "--port", "0"], "serve.port: must be in [1, 65535]; got 0"),
+        (["demo", "--port", "0"], "serve.port: must be in [1, 65535]; got 0"),
         (["serve", "published", "--replicas", "0"], "serve.replicas: must be at least 1; got 0"),
         (
             ["train", "run/config.toml", "--set", "run=run/config.toml/x", "--set", "data.train=t.parquet"],
