@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +33,32 @@ def open_filesystem(location: str | Path) -> tuple[fs.FileSystem, str]:
         raise DataError(f"cannot be opened: {error}", file=text) from None
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write `data` to a local `path` so that a reader sees all of it or the former file, whatever is killed when."""
+@contextmanager
+def complete_file(path: str | Path) -> Iterator[Path]:
+    """A temporary name next to `path` that becomes `path` if the block succeeds, and else goes away.
+
+    A reader sees all of the file or the former one, whatever is killed when. Raises OSError where it cannot be written.
+    """
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file", str(target))
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(target.parent)
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write `data` to a local `path`, all of it or nothing."""
+    with complete_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -6,10 +6,6 @@ key and is left out.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.errors import DataError
-from cluster.storage import sync_folder
+from cluster.storage import complete_file
 from embedding_service.exact import Float32, Vectors
 from embedding_service.keys import Vocabulary
 
@@ -37,7 +33,7 @@ def write_word2vec(path: str | Path, keys: Vocabulary, vectors: Vectors, *, bina
     such a key ends.
     """
     _check_fit(keys, vectors)
-    with _complete_file(path) as temporary, open(temporary, "wb") as out:
+    with complete_file(path) as temporary, open(temporary, "wb") as out:
         out.write(f"{len(keys.keys)} {vectors.dim}\n".encode())
         for texts, chunk in _keyed_chunks(keys, vectors):
             _check_words(texts)
@@ -57,7 +53,7 @@ def write_parquet(path: str | Path, keys: Vocabulary, vectors: Vectors) -> None:
             pa.field("vector", pa.list_(pa.float32(), vectors.dim), nullable=False),
         ]
     )
-    with _complete_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with complete_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         start = 0
         for texts, chunk in _keyed_chunks(keys, vectors, as_text=False):
             counts = keys.counts[start : start + len(chunk)]
@@ -101,22 +97,3 @@ def _records(texts: pa.Array, chunk: Float32) -> bytes:
     """`key ` and the bytes of its little-endian float32 row, for each row."""
     rows = chunk.astype("<f4", copy=False)
     return b"".join(key.encode() + b" " + row.tobytes() for key, row in zip(texts.to_pylist(), rows, strict=True))
-
-
-@contextlib.contextmanager
-def _complete_file(path: str | Path) -> Iterator[str]:
-    """A temporary name next to `path` that becomes `path` if the block succeeds, and else goes away. Raises OSError."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file", str(target))
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield os.fspath(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import ArtifactError, DataError, SettingError
-from cluster.storage import sync_folder
+from cluster.storage import complete_file
 from embedding_service.hashing import int64_values, key_array, stable_hash, string_bytes
 
 Key = int | str
@@ -195,17 +194,12 @@ class Vocabulary:
             [pa.field("keys", self.keys.type, nullable=False), pa.field("counts", pa.int64(), nullable=False)],
             metadata={_FORMAT: json.dumps(meta, sort_keys=True)},
         )
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with pa.OSFile(os.fspath(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-                writer.write_batch(pa.record_batch([self.keys, pa.array(self.counts)], schema=schema))
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(target.parent)
+        with (
+            complete_file(path) as temporary,
+            pa.OSFile(os.fspath(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, schema) as writer,
+        ):
+            writer.write_batch(pa.record_batch([self.keys, pa.array(self.counts)], schema=schema))
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import ast
 import os
 import sysconfig
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import DataError, SettingError
-from cluster.storage import sync_folder
+from cluster.storage import complete_file
 from embedding_service.hashing import stable_hash
 
 SESSION_SCHEMA = pa.schema({"session": pa.string(), "module": pa.string(), "items": pa.list_(pa.string())})
@@ -115,7 +114,6 @@ def write_corpus(
                     test.add(session.name, history, [item])
         if not sessions:
             raise DataError("there are no Python functions to learn from here", file=", ".join(map(str, roots)))
-    sync_folder(target)
     return CorpusSummary(files, skipped, functions, sessions, calls, train.num_rows, test.num_rows)
 
 
@@ -294,14 +292,7 @@ class _RowBuffer:
 @contextmanager
 def _parquet_rows(path: Path, schema: pa.Schema) -> Iterator[_RowBuffer]:
     """A buffer of rows for a zstd Parquet file that appears at `path`, whole, if the block does not raise."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            rows = _RowBuffer(writer)
-            yield rows
-            rows.flush()
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with complete_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        rows = _RowBuffer(writer)
+        yield rows
+        rows.flush()

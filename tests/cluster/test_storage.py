@@ -10,6 +10,7 @@ from pyarrow import fs
 from cluster.errors import DataError
 from cluster.storage import (
     checksum,
+    complete_file,
     open_filesystem,
     publish_folder,
     remove_folder,
@@ -44,7 +45,7 @@ def test_write_atomic_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None
 def test_write_atomic_keeps_the_former_file_when_it_fails(tmp_path: Path) -> None:
     target = tmp_path / "state"
     target.mkdir()  # a folder cannot be replaced by a file
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(OSError, match="is a folder"):
         write_atomic(target, b"new")
     assert list(tmp_path.iterdir()) == [target]
     write_json(tmp_path / "kept.json", {"b": 1, "a": [2]})
@@ -84,3 +85,21 @@ def test_checksum(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"abc" * 1000)
     assert checksum(file) == "sha256:" + hashlib.sha256(b"abc" * 1000).hexdigest()
+
+
+def test_complete_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "figures"
+    with complete_file(target) as temporary:
+        temporary.write_text("all of it")
+        assert not target.exists()
+    assert target.read_text() == "all of it"
+    with pytest.raises(RuntimeError), complete_file(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "all of it"
+    assert [path.name for path in tmp_path.iterdir()] == ["figures"]
+    with (
+        pytest.raises(FileNotFoundError, match="there is no such folder"),
+        complete_file(tmp_path / "nowhere" / "file"),
+    ):
+        pass
