@@ -87,19 +87,20 @@ def test_checksum(tmp_path: Path) -> None:
     assert checksum(file) == "sha256:" + hashlib.sha256(b"abc" * 1000).hexdigest()
 
 
+def half_written(target: Path) -> None:
+    with complete_file(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+
+
 def test_complete_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "figures"
     with complete_file(target) as temporary:
         temporary.write_text("all of it")
         assert not target.exists()
-    assert target.read_text() == "all of it"
-    with pytest.raises(RuntimeError), complete_file(target) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        half_written(target)
     assert target.read_text() == "all of it"
     assert [path.name for path in tmp_path.iterdir()] == ["figures"]
-    with (
-        pytest.raises(FileNotFoundError, match="there is no such folder"),
-        complete_file(tmp_path / "nowhere" / "file"),
-    ):
-        pass
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        half_written(tmp_path / "nowhere" / "file")

@@ -35,8 +35,8 @@ def config_of(folder: Path, **data: Any) -> Config:
     pq.write_table(pa.table(TEST), folder / "test.parquet", row_group_size=2)
     (folder / "run").mkdir()
     settings = {"train": str(folder / "train.parquet"), "user": "user", "query_features": ["city"], **data}
-    config = config_from_dict({"run": str(folder / "run"), "data": settings})
-    prepare(config, open_reader(config))
+    config = config_from_dict({"run": str(folder / "run"), "data": settings, "model": {"kind": "two_tower"}})
+    prepare(config, open_reader(config), is_begun=False)
     return config
 
 
@@ -67,7 +67,7 @@ def test_an_unknown_row_is_never_the_truth(tmp_path: Path) -> None:
     }
     (tmp_path / "other").mkdir()
     other = config_from_dict(tree)
-    prepare(other, open_reader(other))
+    prepare(other, open_reader(other), is_begun=False)
     cases = load(other)  # c occurs once: it has the unknown row, 2
     assert cases.history.to_lists() == [[2, 2, 0], [], [1]]
     assert cases.truth.to_lists() == [[1], [-1, 0], [-1]]
@@ -126,7 +126,7 @@ def test_cases_need_a_history_or_a_user(tmp_path: Path) -> None:
     config = config_from_dict(
         {"run": str(tmp_path / "run"), "data": {"train": str(tmp_path / "train.parquet"), "history": ""}}
     )
-    prepare(config, open_reader(config))
+    prepare(config, open_reader(config), is_begun=False)
     with pytest.raises(SettingError, match=r"data\.history: is empty, and so is data\.user"):
         load(config, "train.parquet")
 
