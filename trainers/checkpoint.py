@@ -42,11 +42,12 @@ from trainers.models import Model
 
 FORMAT = 1
 
-# Settings that may change between a run's sessions: the rest would make it another run.
+# Settings that may change between a run's sessions: the rest would make it another run. Training data may move: they
+# are known by their fingerprint.
 _FREE = (
-    "run", "cluster.", "serve.", "export.", "data.test", "data.mask_seen", "train.epochs", "train.threads",
-    "train.validate_every", "train.patience", "train.metric", "train.checkpoint_seconds", "train.report_seconds",
-    "train.keep_checkpoints",
+    "run", "cluster.", "serve.", "export.", "data.train", "data.test", "data.mask_seen", "train.epochs",
+    "train.threads", "train.validate_every", "train.patience", "train.metric", "train.checkpoint_seconds",
+    "train.report_seconds", "train.keep_checkpoints",
 )  # fmt: skip
 
 
