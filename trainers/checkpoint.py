@@ -144,7 +144,7 @@ class CheckpointStore:
                 leftover.unlink()
 
     def pointer(self) -> dict[str, str | None]:
-        """{"last": name, "best": name}, None where there is none (or the pointer was lost)."""
+        """{"last": name, "best": name}, None where there is none (or the pointer was lost). `last` is for people."""
         try:
             pointer = json.loads((self.folder / "pointer.json").read_text())
             return {"last": pointer["last"], "best": pointer["best"]}
@@ -250,9 +250,8 @@ def verify(folder: Path) -> dict[str, Any]:
 def check_same_run(before: Mapping[str, Any], config: Config, where: Path) -> None:
     """Raises CheckpointError naming the settings in which a checkpoint's config differs from the run's."""
     try:
-        known = config_to_dict(
-            config_from_dict(before)
-        )  # a setting that is younger than the checkpoint has its default
+        # a setting that is younger than the checkpoint has its default
+        known = config_to_dict(config_from_dict(before))
     except SettingError as error:
         raise CheckpointError(f"checkpoint {where} has a config that this version cannot read: {error}") from None
     old, new = dict(_leaves(known, "")), dict(_leaves(config_to_dict(config), ""))

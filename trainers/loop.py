@@ -27,6 +27,8 @@ from trainers.objectives import linear_schedule
 from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, prepare
 from trainers.sessions import SessionReader, read_ahead
 
+_STEPS_BETWEEN_QUESTIONS = 16  # whether a checkpoint is due
+
 
 def train(config: Config, *, fresh: bool = False, on_event: Listener | None = None) -> dict[str, Any]:
     """Train the run that `config` describes, from its last checkpoint if it has one. Returns the run's result.
@@ -149,7 +151,7 @@ class _Run:
                 self._count(loss, pairs, step.num_examples, share, rate)
                 if self._checkpoint_is_due():
                     self._save()
-            if not self.num_trainable:
+            if not self.num_trainable and self.share_at_start == 0.0:  # one that resumed may have only the rest to see
                 raise DataError(
                     "there is nothing to train on: no session has two known items, or what model.query asks for",
                     file=self.config.data.train,
@@ -214,17 +216,15 @@ class _Run:
         self.reported_at, self.loss, self.pairs, self.examples = now, 0.0, 0, 0
 
     def _checkpoint_is_due(self) -> bool:
-        """Whether rank 0's clock says so; asked once a second, since asking costs an exchange."""
+        """Whether rank 0's clock says so; workers are asked now and then, since asking costs an exchange."""
         due = time.monotonic() - self.saved_at >= self.config.train.checkpoint_seconds
         if self.place.world_size == 1:
             return due
-        if self.progress.step % self.steps_between_questions:
+        if self.progress.step % _STEPS_BETWEEN_QUESTIONS:
             return False
         flag = torch.tensor([due], dtype=torch.int32)
         dist.broadcast(flag, 0)
         return bool(flag.item())
-
-    steps_between_questions = 16
 
     def _save(self, *, best: bool = False) -> None:
         self.progress.seconds = time.monotonic() - self.started

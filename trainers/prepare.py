@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.config import Config
-from cluster.errors import CheckpointError, DataError, SettingError
+from cluster.errors import ArtifactError, CheckpointError, DataError, SettingError
 from cluster.storage import open_filesystem, publish_folder, remove_folder, write_json
 from embedding_service.keys import Vocabulary
 from embedding_service.ragged import Ragged
@@ -92,7 +92,7 @@ def prepare(config: Config, reader: SessionReader, *, is_begun: bool) -> None:
         try:
             if load_prepared(config.run, reader.fingerprint).shape == shape:
                 return
-        except CheckpointError:
+        except (ArtifactError, CheckpointError):
             pass  # of other data, or damaged: nothing depends on it yet
         remove_folder(folder)
     temporary = folder.with_name(".prepared.tmp")
