@@ -36,16 +36,22 @@ class _Mailbox:
 
 
 class Sender:
-    """A worker's end of the mailbox."""
+    """A worker's end of the mailbox.
+
+    An asyncio actor may run two calls of one caller in either order, so one letter at a time is on its way.
+    """
 
     def __init__(self, mailbox: Any, rank: int) -> None:
         self._mailbox = mailbox
         self._rank = rank
         self._last: Any = None
+        self._sending = threading.Lock()
 
     def send(self, letter: dict[str, Any]) -> None:
-        """Post a JSON-able letter; returns at once."""
-        self._last = self._mailbox.put.remote(letter)
+        """Post a JSON-able letter; returns at once unless the one before it is still on its way."""
+        with self._sending:
+            self.flush()
+            self._last = self._mailbox.put.remote(letter)
 
     def flush(self) -> None:
         """Wait until the last letter has arrived: the process may end right after."""
