@@ -103,7 +103,7 @@ def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1)
         features={name: keys.key_type for name, keys in sorted(single.items())},
         details={"model": _model_kind(manifest["lineage"]), "figures": manifest["figures"]},
     )
-    api = HttpApi(Retriever(artifact), catalogue, items, users, limits=limits, threads=max(2, threads))
+    api = HttpApi(Retriever(artifact, threads=threads), catalogue, items, users, limits=limits, threads=max(2, threads))
     api.warm_up()
     return api
 

@@ -113,10 +113,10 @@ class Artifact:
             raise ArtifactError(f"{file}: does not fit the query tower's description ({error})") from None
         return tower.eval()
 
-    def index(self, name: str, *, threads: int | None = None) -> VectorIndex:
-        """The index `name`; `threads` as in `VectorIndex.load`. Raises ArtifactError if there is none or it misfits."""
+    def index(self, name: str) -> VectorIndex:
+        """The index `name`. Raises ArtifactError if there is none or it misfits."""
         entry = self._entry("index", self._manifest.indexes, name)
-        index = VectorIndex.load(self.path / entry.file, threads=threads)
+        index = VectorIndex.load(self.path / entry.file)
         found = (index.rows, index.dim, index.metric, index.arrangement, index.parameters)
         if found != (entry.rows, entry.dim, entry.metric, entry.arrangement, entry.parameters):
             raise ArtifactError(f"{self.path / entry.file}: holds {found}, not what the manifest says of it")

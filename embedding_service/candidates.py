@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +14,7 @@ from embedding_service.ragged import Ragged
 from embedding_service.vectors import VectorSet
 
 _SPARE = 8  # rows fetched beyond k from an exhaustive index, so that rounding does not decide who is k-th
+_SHARE = 64  # queries that a thread takes at a time: fewer are answered before a second one has begun
 _NO_ROWS = np.empty(0, np.int64)
 
 
@@ -20,13 +23,24 @@ class Candidates:
 
     What an index finds is scored again from the stored vectors: an answer's scores are the same through any index, in
     any batch, and by exact search, and so is the order of what was found (score descending, then row).
+
+    The calling thread and `threads` - 1 of `pool` share a batch. As fast as FAISS's own threads, but scoring is shared
+    out too, and no idle thread spins on a core that the server needs.
     """
 
-    def __init__(self, vectors: VectorSet, metric: Metric, index: VectorIndex | None) -> None:
+    def __init__(
+        self,
+        vectors: VectorSet,
+        metric: Metric,
+        index: VectorIndex | None,
+        pool: Executor | None = None,
+        threads: int = 1,
+    ) -> None:
         self.rows, self.dim = vectors.rows, vectors.dim
         self.vectors = vectors
         self._metric: Metric = metric
         self._index = index
+        self._pool, self._threads = pool, 1 if index is None or index.on_gpu else threads
 
     def search(self, queries: Float32, k: int) -> tuple[Float32, Int64]:
         """The best min(k, rows) rows of queries [n, dim]: scores float32 and rows int64 [n, min(k, rows)], no padding.
@@ -59,10 +73,28 @@ class Candidates:
         wanted = min(wanted, self.rows)
         if self._index is None:
             return first_unseen(*exact_search(queries, self.vectors, wanted, metric=self._metric), seen, k)
+        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        shares = [slice(i, i + _SHARE) for i in range(0, len(queries), _SHARE)]
+        todo = iter(shares)
+
+        def work() -> None:
+            for share in todo:  # a list's iterator gives each share to one thread
+                seen_here = seen.slice(share.start, min(share.stop, len(queries)))
+                self._search_share(queries[share], wanted, seen_here, scores[share], rows[share])
+
+        helpers = [self._pool.submit(work) for _ in range(min(self._threads, len(shares)) - 1)] if self._pool else []
+        work()
+        for helper in helpers:
+            if not helper.cancel():  # one that has not begun is not waited for
+                helper.result()
+        return scores, rows
+
+    def _search_share(self, queries: Float32, wanted: int, seen: Ragged, scores: Float32, rows: Int64) -> None:
+        """`_search` through the index in the calling thread, into scores and rows [n, k]."""
+        assert self._index is not None
         # of many equal rows an exhaustive index fetches some: fetch more, and do without it where they still are equal
         fetch = min(self.rows, wanted + _SPARE) if self._index.exhaustive else wanted
         found = self._index.search_rows(queries, fetch)
-        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         lacking = np.empty(len(queries), np.bool_)
         if kernels.best_unseen(
             queries, found, *self.vectors.stored, self._metric == "cosine", wanted, seen.values, seen.offsets,
@@ -70,8 +102,7 @@ class Candidates:
         ):  # fmt: skip
             members = np.flatnonzero(lacking)
             exact = exact_search(queries[members], self.vectors, wanted, metric=self._metric)
-            scores[members], rows[members] = first_unseen(*exact, seen.take(members), k)
-        return scores, rows
+            scores[members], rows[members] = first_unseen(*exact, seen.take(members), scores.shape[1])
 
 
 def num_fetched(k: int, num_seen: npt.NDArray[np.int64]) -> Int64:

@@ -35,7 +35,6 @@ Arrangement = Literal["plain", "centred", "augmented"]
 ROWS_PER_CENTROID = (39, 256)  # FAISS's advice for k-means: fewer give poor centroids, more are not used
 MAX_TRAINING_BYTES = 2 * 2**30  # of the training sample, as long as 39 rows per centroid fit
 MAX_GPU_K = 2048  # FAISS's limit
-_FEW_QUERIES = 32  # up to this many are searched by one thread: a second one is waited for longer than it saves
 
 
 def auto_factory(rows: int, dim: int) -> str:
@@ -131,6 +130,10 @@ class VectorIndex:
         return int(self._index.d) - (self.arrangement == "augmented")
 
     @property
+    def on_gpu(self) -> bool:
+        return self._gpu is not None
+
+    @property
     def exhaustive(self) -> bool:
         """Whether every row is scored without loss, so that only rounding and ties part it from `exact_search`."""
         return issubclass(self._core_kind, faiss.IndexFlat)
@@ -181,18 +184,20 @@ class VectorIndex:
         return np.where(rows >= 0, scores, -np.inf).astype(np.float32), rows
 
     def search_rows(self, queries: Float32, k: int) -> Int64:
-        """The rows of `search`, int64 [n, k], without the scores: what it takes if they are computed anew anyway."""
+        """The rows of `search`, int64 [n, k], without the scores: what it takes if they are computed anew anyway.
+
+        Without a GPU one thread works, the caller's: `Candidates` divides a batch among threads.
+        """
         if self._gpu is not None:
             return self.search(queries, k)[1]
         if self.arrangement == "augmented":
             queries = np.concatenate([queries, np.zeros((len(queries), 1), np.float32)], axis=1)
-        threads = faiss.omp_get_max_threads()
-        if len(queries) <= _FEW_QUERIES:
-            faiss.omp_set_num_threads(1)
+        threads = faiss.omp_get_max_threads()  # of the calling thread only, see `set_threads`
+        faiss.omp_set_num_threads(1)
         try:
             rows: Int64 = self._index.search(queries, k)[1]  # a query's length changes no order
         finally:
-            faiss.omp_set_num_threads(threads)  # of this thread only, see `set_threads`
+            faiss.omp_set_num_threads(threads)
         return rows
 
     def save(self, path: str | Path) -> None:
@@ -209,9 +214,8 @@ class VectorIndex:
         write_json(f"{path}.json", settings)
 
     @classmethod
-    def load(cls, path: str | Path, *, threads: int | None = None) -> VectorIndex:
+    def load(cls, path: str | Path) -> VectorIndex:
         """The index that `save` wrote. Raises ArtifactError, naming the file, if it is missing, damaged or foreign."""
-        set_threads(threads)
         try:
             settings = json.loads(Path(f"{path}.json").read_bytes())
             if settings["metric"] not in ("ip", "cosine"):

@@ -116,6 +116,25 @@ def _decoded_by_type(code: Any) -> Callable[[Any], Any]:
     return half if code == types.uint16 else plain
 
 
+@njit(fastmath={"reassoc"}, error_model="numpy")
+def _dot(query: Any, code: Any, factor: Any) -> Any:
+    """Inner product in float64 of a query and a stored vector, summed in the order that suits the processor."""
+    total = 0.0
+    for d in range(len(query)):
+        total += query[d] * np.float64(np.float32(_decoded(code[d]) * factor))
+    return total
+
+
+@njit(fastmath={"reassoc"}, error_model="numpy")
+def _squared(code: Any, factor: Any) -> Any:
+    """The squared length in float64 of a stored vector."""
+    total = 0.0
+    for d in range(len(code)):
+        value = np.float64(np.float32(_decoded(code[d]) * factor))
+        total += value * value
+    return total
+
+
 def _scores_of(codes: Any) -> Any:
     return types.int64(
         _FLOATS_2D_IN,
@@ -179,14 +198,9 @@ def best_unseen(
                 scores[j] = -np.inf
                 continue
             factor = scale[row] if len(scale) > 0 else np.float32(1.0)
-            total = 0.0
-            squared = 0.0
-            for d in range(dim):
-                value = np.float64(np.float32(_decoded(codes[row, d]) * factor))
-                total += query[d] * value
-                squared += value * value
+            total = _dot(query, codes[row], factor)
             if cosine:
-                total /= length * max(np.sqrt(squared), 1e-30)
+                total /= length * max(np.sqrt(_squared(codes[row], factor)), 1e-30)
             scores[j] = np.float32(total)
         _rank(scores, rows)
         lacks |= width > wanted and scores[width - 1] == scores[wanted - 1]

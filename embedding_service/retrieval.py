@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from cluster.errors import ArtifactError, DataError, KeyNotFound
+from cluster.rank import num_cores
 from embedding_service import rank_kernels as kernels
 from embedding_service.artifact import Artifact
 from embedding_service.candidates import Candidates, first_unseen, num_fetched
@@ -50,9 +52,10 @@ class Results:
 
 
 class Retriever:
-    """Answers queries from one artifact. Safe to use from many threads; makes none itself, but FAISS does.
+    """Answers queries from one artifact. Safe to use from many threads.
 
-    `exact=True` scores every candidate in place of asking the index. `threads` limits FAISS's.
+    `exact=True` scores every candidate in place of asking the index. `threads`, by default one per core, share the work
+    of a batch.
     """
 
     def __init__(self, artifact: Artifact, *, exact: bool = False, threads: int | None = None) -> None:
@@ -60,11 +63,13 @@ class Retriever:
         self.version = artifact.version
         self._candidates: dict[str, Candidates] = {}
         self._catalogue: dict[str, Vocabulary] = {}
+        threads = threads or num_cores()
+        pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="search") if threads > 1 else None
         for name, entry in artifact.manifest["indexes"].items():
             keys = artifact.keys(artifact.manifest["vectors"][entry["vectors"]]["keys"])
             vectors = artifact.vectors(entry["vectors"]).head(len(keys.keys))  # the unknown row is no candidate
-            index = None if exact else artifact.index(name, threads=threads)
-            self._candidates[name] = Candidates(vectors, entry["metric"], index)
+            index = None if exact else artifact.index(name)
+            self._candidates[name] = Candidates(vectors, entry["metric"], index, pool, threads)
             self._catalogue[name] = keys
         self._encoder = None if artifact.manifest["query_tower"] is None else QueryEncoder(artifact)
         if self._encoder is not None and RECOMMEND in self._candidates:

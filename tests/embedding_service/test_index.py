@@ -72,7 +72,7 @@ def test_every_kind_meets_the_contract(
     assert error.max() <= 0.02 * np.abs(truth).max()
 
     index.save(tmp_path / "x.faiss")
-    loaded = VectorIndex.load(tmp_path / "x.faiss", threads=1)
+    loaded = VectorIndex.load(tmp_path / "x.faiss")
     again_scores, again_rows = loaded.search(queries, 10)
     np.testing.assert_array_equal(again_rows, rows)
     np.testing.assert_array_equal(again_scores, scores)
@@ -277,11 +277,10 @@ def test_few_queries_are_searched_by_one_thread(vectors: np.ndarray, monkeypatch
     monkeypatch.setattr(index, "_index", Noting())
     faiss.omp_set_num_threads(3)
     try:
-        index.search_rows(vectors[:32], 5)
         index.search_rows(vectors[:33], 5)
         with pytest.raises(RuntimeError):
             index.search_rows(vectors[:1], 6)
-        assert (used, faiss.omp_get_max_threads()) == ([1, 3, 1], 3)
+        assert (used, faiss.omp_get_max_threads()) == ([1, 1], 3)
     finally:
         faiss.omp_set_num_threads(1)
 
