@@ -30,9 +30,12 @@ class Lookups:
     ids: dict[str, Tensor]
     uses: dict[str, _Use]
 
-    def blocks(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Input name -> float32 [n, dim], from `ShardedTables.lookup(self.ids)`."""
-        return {name: self._block(rows[use.table], use) for name, use in self.uses.items()}
+    def blocks(self, rows: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """Input name -> float32 [n, dim], from `ShardedTables.lookup(self.ids)`; `prefix`: only of the inputs whose
+        names begin with it, which is taken off.
+        """
+        asked = {name: use for name, use in self.uses.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): self._block(rows[use.table], use) for name, use in asked.items()}
 
     @staticmethod
     def _block(rows: Tensor, use: _Use) -> Tensor:
