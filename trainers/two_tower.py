@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embedding_service.ragged import Ragged
-from embedding_service.sharding import ShardedTables
+from embedding_service.sharding import Asked, ShardedTables
 from embedding_service.tables import Optimizer, Precision, TableSpec
 from embedding_service.towers import InputRows, Tower, TowerInput, TowerSpec, input_rows
 from trainers.examples import PairBatch, PairPlan
@@ -27,6 +27,7 @@ class _Step:
     """A batch, ready: what to look up, and the constants of the loss."""
 
     lookups: Lookups
+    asked: Asked
     log_q: Tensor
     hits: Tensor
 
@@ -124,14 +125,18 @@ class TwoTower:
         )
 
     def prepare(self, batch: PairBatch, seed: int) -> _Step:
-        """Find the batch's distinct rows; needs no other worker, so it can run ahead. `seed` is not used."""
+        """Find the batch's distinct rows and tell their workers. Can run ahead, in one thread; `seed` is not used.
+
+        A collective call.
+        """
         single = dict(batch.features)
         if batch.user is not None:
             single["user"] = batch.user
         inputs = input_rows(self.query_tower.spec, history=batch.history, single=single)
         inputs |= self._item_inputs(batch.item)
         hits = torch.from_numpy(batch.hits)
-        return _Step(plan_lookups(inputs, self._table_of), torch.from_numpy(self._log_q[batch.item]), hits)
+        lookups = plan_lookups(inputs, self._table_of)
+        return _Step(lookups, self.tables.route(lookups.ids), torch.from_numpy(self._log_q[batch.item]), hits)
 
     def step(self, step: _Step, rate: float) -> tuple[float, int]:
         """One update on the summed loss of the examples of all workers, so that the learning rate is one per example.
@@ -139,7 +144,7 @@ class TwoTower:
         rate: factor on the peak learning rates. Returns (this worker's summed loss, its number of examples).
         """
         self.tables.set_learning_rate(self._learning_rate * rate)
-        blocks = step.lookups.blocks(self.tables.lookup(step.lookups.ids))
+        blocks = step.lookups.blocks(self.tables.lookup(step.asked))
         query, item = self.query_tower(blocks), self.item_tower(blocks)
         device = item.device
         hits = step.hits.to(device)
