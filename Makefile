@@ -8,7 +8,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
-BENCHMARKS ?= step_cost serve_http gowalla diginetica
+BENCHMARKS ?= two_tower_speed serve_http gowalla diginetica
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,7 +1,8 @@
 """Tables whose rows are spread over all ranks: the only file that speaks to TorchRec and FBGEMM.
 
 A model is written against `ShardedTables.lookup`, which on one rank is a plain gather and on many an exchange; which of
-the two is decided here alone.
+the two, and by whose means, is decided here alone. TorchRec plans and lays out the shards everywhere. On GPU its
+exchange and FBGEMM's kernels look rows up and update them; on CPU `row_exchange.py` does, at a fraction of their cost.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.errors import SettingError
+from embedding_service.row_exchange import Route, RowExchange, Shard
 from embedding_service.tables import Optimizer, TableSpec, check_names, initial_rows
 
 _INIT_CHUNK_BYTES = 64 * 2**20
+
+Asked = (
+    Mapping[str, Tensor] | Route
+)  # the rows that a lookup asks for, as they are or as `ShardedTables.route` returns them
 
 
 @contextlib.contextmanager
@@ -128,6 +134,10 @@ class ShardedTables:
         self._fused = self._module.fused_optimizer
         if initialize:
             self._initialize(seed)
+        self._exchange: RowExchange | None = None
+        if self.device.type == "cpu":
+            shards = {name: self._own_shard(name) for name in self.specs}
+            self._exchange = RowExchange(shards, learning_rate=learning_rate)
 
     def _shard(self, learning_rate: float) -> DistributedModelParallel:
         """The one place where tables become distributed."""
@@ -160,12 +170,28 @@ class ShardedTables:
                     part = weights[start : start + step]
                     part.copy_(torch.from_numpy(initial_rows(spec, seed, first + start, first + start + len(part))))
 
-    def lookup(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def route(self, ids: Mapping[str, Tensor]) -> Asked:
+        """What `lookup` makes of these ids before it reads a row, done ahead of it; a collective call.
+
+        Other than `lookup` it may run in a background thread (one, in which all ranks make the same calls): the ranks
+        tell each other what they will ask for while they still work on the last step.
+        """
+        return ids if self._exchange is None else self._exchange.route(ids, ahead=True)
+
+    def lookup(self, asked: Asked) -> dict[str, Tensor]:
         """Rows of each table; a collective call, in which every rank may ask for different rows (or none).
 
-        ids: table -> int64 [n], distinct within a rank (see `deduplicate`); tables left out are asked for nothing.
-        Returns table -> float32 [n, dim]; `backward` through it updates the rows.
+        asked: table -> int64 [n], distinct within a rank and best ascending (see `deduplicate`), or what `route` made
+        of it; tables left out are asked for nothing. Returns table -> float32 [n, dim]; `backward` through it, also a
+        collective call, updates the rows.
         """
+        if self._exchange is not None:
+            route = asked if isinstance(asked, Route) else self._exchange.route(asked, ahead=False)
+            return self._exchange.lookup(route)
+        assert not isinstance(asked, Route)
+        return self._lookup_by_torchrec(asked)
+
+    def _lookup_by_torchrec(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         empty = torch.empty(0, dtype=torch.int64)
         features: dict[str, KeyedJaggedTensor] = {}
         for dim in sorted({spec.dim for spec in self.specs.values()}):
@@ -180,15 +206,33 @@ class ShardedTables:
         return {name: found[_t(name)] for name in self.specs}
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Takes effect in the next `backward`: FBGEMM's kernel reads the rate only when `step` hands it over."""
+        """Takes effect in the next `backward`."""
+        if self._exchange is not None:
+            self._exchange.learning_rate = learning_rate
+            return
         for group in self._fused.param_groups:
             group["lr"] = learning_rate
-        self._fused.step()
+        self._fused.step()  # FBGEMM's kernel reads the rate only when this hands it over
 
     def local_shards(self, name: str) -> list[tuple[int, Tensor]]:
         """This rank's part of table `name`: (first row, weights [n, dim] in the table's precision, not a copy)."""
         sharded = self._module.state_dict()[self._path(name)]
         return [(shard.metadata.shard_offsets[0], shard.tensor.detach()) for shard in sharded.local_shards()]
+
+    def _own_shard(self, name: str) -> Shard:
+        """This rank's part of table `name` and of its optimiser's state, not copies."""
+        spec = self.specs[name]
+        state = self.state_dict()
+        found = {
+            key: shard.tensor.detach()
+            for key in (f"weight.{name}", f"optimizer.{name}.momentum1")
+            for shard in (state[key].local_shards() if key in state else ())
+        }
+        dtype = torch.float16 if spec.precision == "fp16" else torch.float32
+        weights = found.get(f"weight.{name}", torch.empty(0, spec.dim, dtype=dtype))
+        moment = found.get(f"optimizer.{name}.momentum1", torch.empty(len(weights), 0))
+        moment = moment[:, None] if moment.dim() == 1 else moment
+        return Shard(spec.rows, -(-spec.rows // dist.get_world_size()), weights, moment)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimiser state as sharded tensors, for the distributed checkpoint."""

@@ -67,20 +67,25 @@ def _fill_uniform(out: np.ndarray, first: np.uint64, key: np.uint64, scale: np.f
 
 
 def deduplicate(uses: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The distinct rows of several uses of one table, in order of first appearance, and each use as an index into them.
+    """The distinct rows of several uses of one table, ascending, and each use as an index into them.
 
     uses: name -> int64 [n]. Returns (int64 [u], name -> int64 [n]). Distinct rows make the exchange between workers
-    small and give the fused optimiser one gradient per row.
+    small and give the optimiser one gradient per row; ascending ones of a rank's shard lie together, and a table is
+    read and written from its beginning to its end.
     """
     rows = np.concatenate([np.empty(0, np.int64), *uses.values()])
     unique, inverse = _distinct(rows)
+    order = np.argsort(unique)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    unique, inverse = unique[order], rank[inverse]
     ends = np.cumsum([len(rows) for rows in uses.values()], dtype=np.int64)
     return unique, {name: inverse[end - len(uses[name]) : end] for name, end in zip(uses, ends, strict=True)}
 
 
 @numba.njit("Tuple((int64[::1], int64[::1]))(int64[::1])", nogil=True, cache=True)
 def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """np.unique(rows, return_inverse=True) by open addressing: no sort, and ranks keep the order of appearance."""
+    """np.unique(rows, return_inverse=True), but in order of appearance: open addressing needs no sort of all rows."""
     bits = 4
     while (1 << bits) < 2 * rows.size:
         bits += 1

@@ -32,16 +32,20 @@ def info_nce(
     holds the batch's positives, each query's own place must be one of them. Order: temperature, log_q, mask.
 
     query, positive: float [n, d]; pool: float [c, d]; log_q: float [c]; positive_log_q: float [n]; hits: int64 [p],
-    places i * c + j. Returns a scalar; the gradient reaches query, positive, pool and scale.
+    places i * c + j, queries in order. Returns a scalar; the gradient reaches query, positive, pool and scale.
     """
     return _InfoNCE.apply(query, positive, pool, log_q, positive_log_q, hits, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
+_BLOCK = 256  # queries whose logits are at work: of 2048 candidates 2 MB, which stay in the cache
+
+
 class _InfoNCE(torch.autograd.Function):
-    """`info_nce` with one n x c matrix that is turned in place from logits to the softmax over the pool.
+    """`info_nce` by blocks of queries: logits turn into a softmax and into gradients while they are in the cache.
 
     With `total` the log of the pool's sum, a loss is log(1 + exp(total - own)) and its derivative the sigmoid of that:
-    a weight per row, so that the matrix is not touched again. (A test holds it to F.cross_entropy.)
+    a weight per row. The gradients are made in `forward`, so that no n x c matrix is ever kept. (A test holds it to
+    F.cross_entropy.)
     """
 
     @staticmethod
@@ -56,26 +60,37 @@ class _InfoNCE(torch.autograd.Function):
         scale: Tensor | float,
     ) -> Tensor:
         factor = float(scale)
-        logits = torch.addmm(log_q, query, pool.T, beta=-1.0, alpha=factor)
-        logits.view(-1).index_fill_(0, hits, -torch.inf)
         own = factor * (query * positive).sum(1) - positive_log_q
-        largest = logits.amax(1) if len(pool) else own.new_full(own.shape, -torch.inf)
-        logits.index_fill_(0, torch.nonzero(largest == -torch.inf)[:, 0], 0.0)  # no negative is left: weight 0 below
-        softmax = torch.softmax(logits, 1, out=logits)
-        total = largest - softmax.amax(1).log() if len(pool) else largest  # the log-sum through the largest logit
-        ctx.save_for_backward(query, positive, pool, softmax, torch.sigmoid(total - own))
+        along_query, along_pool = -positive, torch.zeros_like(pool)
+        weighted = factor * query
+        loss = query.new_zeros(())
+        bounds = torch.arange(0, len(query) + _BLOCK, _BLOCK, device=hits.device) * len(pool)
+        cuts = torch.searchsorted(hits, bounds).tolist()  # hits are in the order of the queries
+        for block, start in enumerate(range(0, len(query), _BLOCK)):
+            rows = slice(start, start + _BLOCK)
+            logits = torch.addmm(log_q, query[rows], pool.T, beta=-1.0, alpha=factor)
+            logits.view(-1).index_fill_(0, hits[cuts[block] : cuts[block + 1]] - start * len(pool), -torch.inf)
+            largest = logits.amax(1) if len(pool) else own.new_full((len(logits),), -torch.inf)
+            logits.index_fill_(0, torch.nonzero(largest == -torch.inf)[:, 0], 0.0)  # no negative: weight 0 below
+            softmax = torch.softmax(logits, 1, out=logits)
+            total = largest - softmax.amax(1).log() if len(pool) else largest  # log-sum through the largest logit
+            weight = torch.sigmoid(total - own[rows])[:, None]
+            loss += F.softplus(total - own[rows]).sum()
+            along_query[rows] = weight * (along_query[rows] + softmax @ pool)
+            weighted[rows] *= weight
+            along_pool.addmm_(softmax.T, weighted[rows])
+        ctx.save_for_backward(query, along_query, weighted, along_pool)
         ctx.scale = scale
-        return F.softplus(total - own).sum()
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        query, positive, pool, softmax, weight = ctx.saved_tensors
-        factor = float(ctx.scale)
-        weight = (outer[0] * weight)[:, None]
-        along_query = weight * (softmax @ pool - positive)
-        weighted = (factor * weight) * query
-        along_scale = (along_query * query).sum().reshape_as(ctx.scale) if ctx.needs_input_grad[6] else None
-        return factor * along_query, -weighted, softmax.T @ weighted, None, None, None, along_scale
+        query, along_query, weighted, along_pool = ctx.saved_tensors
+        along_scale = None
+        if ctx.needs_input_grad[6]:
+            along_scale = outer[0] * (along_query * query).sum().reshape_as(ctx.scale)
+        by_query = outer[0] * float(ctx.scale) * along_query
+        return by_query, -outer[0] * weighted, outer[0] * along_pool, None, None, None, along_scale
 
 
 def cosine_contrastive(

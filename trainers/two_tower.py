@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embedding_service.ragged import Ragged
-from embedding_service.sharding import ShardedTables
+from embedding_service.sharding import Asked, ShardedTables
 from embedding_service.tables import Optimizer, Precision, TableSpec
 from embedding_service.towers import InputRows, Tower, TowerInput, TowerSpec, input_rows
 from trainers.contrast import Contrast, ContrastSpec, Pool
@@ -29,6 +30,7 @@ class _Step:
     batch: PairBatch
     pool: Pool | None
     lookups: Lookups
+    asked: Asked
 
     @property
     def num_examples(self) -> int:
@@ -130,19 +132,23 @@ class TwoTower:
         )
 
     def prepare(self, batch: PairBatch, seed: int) -> _Step:
-        """Find the batch's candidates and distinct rows; needs no other worker, so it can run ahead. `seed` is not
-        used: what is drawn is the same on all workers, and was drawn with the batch.
+        """Find the batch's candidates and distinct rows, and tell the workers that hold them. A collective call, which
+        one thread may make ahead. `seed` is not used: what is drawn is the same on all workers, and was drawn with the
+        batch.
         """
         if self.contrast.miner is not None:
-            return _Step(batch, None, plan_lookups(self._query_inputs(batch), self._table_of))
-        return self._ready(batch, self.contrast.pool(batch))
+            lookups = plan_lookups(self._query_inputs(batch), self._table_of)
+            return _Step(batch, None, lookups, self.tables.route(lookups.ids))
+        step = self._ready(batch, self.contrast.pool(batch))
+        return dataclasses.replace(step, asked=self.tables.route(step.lookups.ids))
 
     def _ready(self, batch: PairBatch, pool: Pool) -> _Step:
         inputs = self._query_inputs(batch)
         items = np.concatenate([batch.item, pool.extra])
         for part, chunk in self._chunks(len(items)):
             inputs |= {f"item{part}/{name}": rows for name, rows in self._item_inputs(items[chunk]).items()}
-        return _Step(batch, pool, plan_lookups(inputs, self._table_of))
+        lookups = plan_lookups(inputs, self._table_of)
+        return _Step(batch, pool, lookups, lookups.ids)
 
     def _query_inputs(self, batch: PairBatch) -> dict[str, InputRows]:
         single = batch.features if batch.user is None else batch.features | {"user": batch.user}
@@ -171,7 +177,7 @@ class TwoTower:
         if self.contrast.miner is not None:
             step = self._mine(step, self.contrast.miner)
         assert step.pool is not None
-        rows = self.tables.lookup(step.lookups.ids)
+        rows = self.tables.lookup(step.asked)
         loss = self._backward_in_chunks(step, rows) if self._chunk_size else self._backward(step, rows)
         if self.dense_optimizer is not None:
             self._update_dense(self.dense_optimizer, rate)
@@ -181,7 +187,7 @@ class TwoTower:
         """The step with hard negatives for its queries, which are encoded once more for that."""
         miner.begin_step(self.encode_items)
         with torch.no_grad():
-            query = self._encode("query", step.lookups, self.tables.lookup(step.lookups.ids), len(step.batch))
+            query = self._encode("query", step.lookups, self.tables.lookup(step.asked), len(step.batch))
         return self._ready(step.batch, self.contrast.pool(step.batch, miner.mine(query, step.batch)))
 
     def _backward(self, step: _Step, rows: Mapping[str, Tensor]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
 import numpy as np
@@ -18,7 +19,13 @@ from tests.ranks import run_on_ranks
 
 SEED = 3
 RATES = (0.1, 0.4, 0.05, 0.0)  # one step each
-KINDS = [(optimizer, precision) for optimizer in get_args(Optimizer) for precision in get_args(Precision)]
+MEANS = ("row_exchange", "torchrec")  # of lookups and updates; on CPU it is always the first, on GPU the second
+KINDS = [
+    (means, optimizer, precision)
+    for means in MEANS
+    for optimizer in get_args(Optimizer)
+    for precision in get_args(Precision)
+]
 
 
 def specs(precision: Precision) -> list[TableSpec]:
@@ -56,19 +63,26 @@ def loss_of(found: dict[str, Tensor], ids: dict[str, Tensor]) -> Tensor:
 
 def train_sharded() -> dict[str, Any]:
     """Runs on every rank: all kinds of tables through all steps."""
-    return {f"{optimizer} {precision}": train_kind(optimizer, precision) for optimizer, precision in KINDS}
+    return {
+        f"{means} {optimizer} {precision}": train_kind(means, optimizer, precision)
+        for means, optimizer, precision in KINDS
+    }
 
 
-def train_kind(optimizer: Optimizer, precision: Precision) -> dict[str, Any]:
+def train_kind(means: str, optimizer: Optimizer, precision: Precision) -> dict[str, Any]:
     tables = ShardedTables(specs(precision), optimizer=optimizer, learning_rate=9.0, seed=SEED)
+    if means == "torchrec":
+        tables._exchange = None
     first = read(tables)
     lookups = []
-    for step, rate in enumerate(RATES):
-        tables.set_learning_rate(rate)
-        ids = asked(step, dist.get_rank())
-        found = tables.lookup(ids)
-        lookups.append({name: rows.detach().clone() for name, rows in found.items()})
-        loss_of(found, ids).backward()  # type: ignore[no-untyped-call]
+    steps = [asked(step, dist.get_rank()) for step in range(len(RATES))]
+    with ThreadPoolExecutor(1) as ahead:
+        routes = ahead.map(tables.route, steps[1::2])  # every other step, while the loop does those before it
+        for step, (rate, ids) in enumerate(zip(RATES, steps, strict=True)):
+            tables.set_learning_rate(rate)
+            found = tables.lookup(next(routes) if step % 2 else ids)
+            lookups.append({name: rows.detach().clone() for name, rows in found.items()})
+            loss_of(found, ids).backward()  # type: ignore[no-untyped-call]
     shards = {name: [(start, rows.clone()) for start, rows in tables.local_shards(name)] for name in tables.specs}
     return {"first": first, "lookups": lookups, "last": read(tables), "shards": shards}
 
@@ -146,26 +160,28 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], precision:
         torch.testing.assert_close(rows, wanted[name], rtol=tolerance, atol=tolerance)
 
 
-each_kind = pytest.mark.parametrize(("optimizer", "precision"), KINDS)
+each_kind = pytest.mark.parametrize(("means", "optimizer", "precision"), KINDS)
+each_means = pytest.mark.parametrize("means", MEANS)
 each_world = pytest.mark.parametrize("world_size", [1, 2, 3])
 
 
 @each_world
+@each_means
 @pytest.mark.parametrize("precision", get_args(Precision))
-def test_new_tables_hold_the_initial_rows(world_size: int, precision: Precision) -> None:
+def test_new_tables_hold_the_initial_rows(world_size: int, means: str, precision: Precision) -> None:
     wanted = expected(world_size, "sgd", precision)["first"]
     for rank in results(world_size):
-        assert all(torch.equal(rows, wanted[name]) for name, rows in rank[f"sgd {precision}"]["first"].items())
+        assert all(torch.equal(rows, wanted[name]) for name, rows in rank[f"{means} sgd {precision}"]["first"].items())
 
 
 @each_world
 @each_kind
 def test_lookups_and_trained_tables_are_those_of_plain_torch(
-    world_size: int, optimizer: Optimizer, precision: Precision
+    world_size: int, means: str, optimizer: Optimizer, precision: Precision
 ) -> None:
     wanted = expected(world_size, optimizer, precision)
     for rank, found in enumerate(results(world_size)):
-        one = found[f"{optimizer} {precision}"]
+        one = found[f"{means} {optimizer} {precision}"]
         assert_close(one["last"], wanted["last"], precision)
         for step in range(len(RATES)):
             assert_close(one["lookups"][step], wanted["lookups"][step][rank], precision)
@@ -177,12 +193,18 @@ def test_lookups_and_trained_tables_are_those_of_plain_torch(
 @pytest.mark.parametrize("precision", get_args(Precision))
 def test_shards_cover_every_row_once_in_the_tables_precision(world_size: int, precision: Precision) -> None:
     for spec in specs(precision):
-        parts = [part for rank in results(world_size) for part in rank[f"adagrad {precision}"]["shards"][spec.name]]
+        parts = [
+            part
+            for rank in results(world_size)
+            for part in rank[f"row_exchange adagrad {precision}"]["shards"][spec.name]
+        ]
         parts = sorted((part for part in parts if len(part[1])), key=lambda part: part[0])
         assert [start for start, _ in parts] == np.cumsum([0] + [len(rows) for _, rows in parts[:-1]]).tolist()
         whole = torch.cat([rows for _, rows in parts])
         assert whole.dtype == (torch.float16 if precision == "fp16" else torch.float32)
-        assert torch.equal(whole.float(), results(world_size)[0][f"adagrad {precision}"]["last"][spec.name])
+        assert torch.equal(
+            whole.float(), results(world_size)[0][f"row_exchange adagrad {precision}"]["last"][spec.name]
+        )
 
 
 def test_a_changed_learning_rate_reaches_the_kernel() -> None:
@@ -196,6 +218,24 @@ def test_a_changed_learning_rate_reaches_the_kernel() -> None:
             tables.lookup({"items": torch.tensor([2, 0])})["items"].sum().backward()  # type: ignore[no-untyped-call]
             weights[[0, 2]] -= 1.0 if rate is None else rate
             torch.testing.assert_close(read(tables)["items"], weights, rtol=0, atol=1e-6)
+
+
+def test_what_is_no_number_reaches_the_rows_it_belongs_to() -> None:
+    """The kernel's arithmetic is free in its order only."""
+    with process_group("cpu"):
+        for optimizer in get_args(Optimizer):
+            tables = ShardedTables([TableSpec("items", 5, 4, 0.5)], optimizer=optimizer, learning_rate=1.0, seed=0)
+            found = tables.lookup({"items": torch.tensor([1, 3, 4])})["items"]
+            found.backward(torch.tensor([[1.0], [float("nan")], [1.0]]).expand(3, 4))
+            assert read(tables)["items"].isfinite().all(1).tolist() == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize("rows", [[0, 3], [-1, 2]])
+def test_a_row_that_the_table_does_not_have_is_refused(rows: list[int]) -> None:
+    with process_group("cpu"):
+        tables = ShardedTables([TableSpec("items", 3, 4, 0.5)], optimizer="sgd", learning_rate=1.0, seed=0)
+        with pytest.raises(IndexError, match=r"table items has rows 0\.\.2; got"):
+            tables.lookup({"items": torch.tensor(rows)})
 
 
 def test_state_holds_weights_and_optimizer_of_every_table() -> None:

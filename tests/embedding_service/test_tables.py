@@ -81,11 +81,11 @@ def test_initial_rows_are_the_same_in_every_version() -> None:
 def test_deduplicate_splits_the_index_by_use() -> None:
     uses = {"item": np.array([7, 3, 7]), "none": np.empty(0, np.int64), "history": np.array([3, 9, 9, 0])}
     distinct, index = deduplicate(uses)
-    assert distinct.tolist() == [7, 3, 9, 0]  # in order of appearance
+    assert distinct.tolist() == [0, 3, 7, 9]
     assert {name: found.tolist() for name, found in index.items()} == {
-        "item": [0, 1, 0],
+        "item": [2, 1, 2],
         "none": [],
-        "history": [1, 2, 2, 3],
+        "history": [1, 3, 3, 0],
     }
 
 
@@ -95,7 +95,7 @@ def test_deduplicate_is_numpys_unique(lists: list[list[int]]) -> None:
     uses = {str(i): np.array(rows, np.int64) for i, rows in enumerate(lists)}
     distinct, index = deduplicate(uses)
     assert distinct.dtype == np.int64
-    assert sorted(distinct.tolist()) == sorted({row for rows in lists for row in rows})
+    assert distinct.tolist() == sorted({row for rows in lists for row in rows})
     assert list(index) == list(uses)
     for name, rows in uses.items():
         assert distinct[index[name]].tolist() == rows.tolist()
