@@ -8,7 +8,8 @@ from typing import Literal
 import numba
 import numpy as np
 
-from embedding_service.ragged import Ragged, offsets_of
+from embedding_service.ragged import Ragged, offsets_of, take_values
+from embedding_service.towers import Given
 from trainers.prepare import Sessions
 
 
@@ -63,15 +64,16 @@ class PairBatch:
     """n examples of a query and its positive item.
 
     `item` int64 [n] rows; `history` n lists of rows, oldest first, the positive not among them at its place; `user`
-    int64 [n] and `features` name -> int64 [n], -1 where unknown; `hits` int64 [p], places i * n + j of pairs where
-    item j is no negative of example i.
+    int64 [n], -1 where unknown, and `features` name -> values; `hits` int64 [p], places i * n + j of pairs where item j
+    is no negative of example i; `without_id` bool [n]: the item is seen by its features alone.
     """
 
     item: np.ndarray
     history: Ragged
     user: np.ndarray | None
-    features: dict[str, np.ndarray]
+    features: dict[str, Given]
     hits: np.ndarray
+    without_id: np.ndarray
 
     def __len__(self) -> int:
         return len(self.item)
@@ -91,9 +93,10 @@ class PairPlan:
         history_length: int,
         mask: Literal["item", "session"],
         numbers: tuple[int, ...],
+        id_dropout: float = 0.0,
     ) -> None:
         """kind: see `model.examples`; with_history, only_history: whether queries see histories, and nothing else;
-        numbers: (seed, epoch, window).
+        numbers: (seed, epoch, window); id_dropout: share of the examples whose item is seen without its id.
         """
         random = generator(*numbers, 1)
         self.sessions = sessions
@@ -108,6 +111,7 @@ class PairPlan:
         if only_history:  # without one there is nothing to ask with
             chosen &= (self.items.lengths[owners] > 1) if kind == "every_item" else (place > 0)
         self.examples = random.permutation(np.flatnonzero(chosen))
+        self.without_id = generator(*numbers, 3).random(len(self.examples)) < id_dropout
         self.size = self.num_trainable = len(self.examples)
 
     def stop_after(self, offset: int, num_workers: int) -> int:
@@ -130,8 +134,8 @@ class PairPlan:
         else:
             hits = session_hits(item, item, np.arange(len(item)), np.arange(1, len(item) + 1))
         user = None if self.sessions.user is None else self.sessions.user[owner]
-        features = {name: values[owner] for name, values in self.sessions.features.items()}
-        return PairBatch(item, history, user, features, hits)
+        features = {name: take_values(values, owner) for name, values in self.sessions.features.items()}
+        return PairBatch(item, history, user, features, hits, self.without_id[start:stop])
 
     def _history(self, place: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Ragged:
         """What the query sees: the items before the positive or, for a basket (in random order), those around it."""

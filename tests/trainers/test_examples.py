@@ -223,3 +223,15 @@ def test_hits_of_many_equal_items_grow_beyond_the_first_guess() -> None:
     hits = session_hits(items, items, np.arange(100), np.arange(1, 101))
     assert len(hits) == 100 * 99
     assert {divmod(place, 100) for place in hits.tolist()} == brute_hits([0] * 100, [[0]] * 100)
+
+
+def test_ids_are_dropped_at_random_alike_for_any_number_of_workers() -> None:
+    lists = [list(range(10 * s, 10 * s + 10)) for s in range(300)]
+    plan = pair_plan(lists, id_dropout=0.25)
+    dropped = whole(plan).without_id
+    assert 0.2 < dropped.mean() < 0.3
+    assert np.concatenate([plan.batch(0, 1000).without_id, plan.batch(1000, plan.size).without_id]).tolist() == (
+        dropped.tolist()
+    )
+    assert pair_plan(lists, id_dropout=0.25, numbers=(3, 2, 4)).without_id.tolist() != plan.without_id.tolist()
+    assert not whole(pair_plan(lists)).without_id.any()
