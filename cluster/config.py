@@ -132,14 +132,98 @@ class ModelSettings:
         "every item of a basket given the others, every item given those before it, or only the last",
         kind="two_tower",
     )
-    temperature: float = setting(0.1, "InfoNCE temperature", low=1e-3, high=10.0, kind="two_tower")
+    objective: Literal["info_nce", "nt_xent", "ccl", "triplet"] = setting(
+        "info_nce",
+        "the loss: softmax of the positive among the candidates, the same in both directions (items look for their "
+        "queries too), SimpleX's cosine contrastive loss, or one negative per example at a margin",
+        kind="two_tower",
+    )
+    temperature: float = setting(
+        0.1,
+        "what similarities are divided by (info_nce, nt_xent, triplet with margin 0)",
+        low=1e-3,
+        high=10.0,
+        kind="two_tower",
+    )
+    learn_temperature: bool = setting(
+        False, "the temperature is learned, from this value on and within [.01, 10]", kind="two_tower"
+    )
+    in_batch: bool = setting(
+        True, "the positives of the batch's other examples are candidates; false: sampled ones only", kind="two_tower"
+    )
+    gather: bool = setting(
+        False, "the batch that this is about is that of all workers together, not each worker's own", kind="two_tower"
+    )
+    sampled_negatives: int = setting(
+        0, "candidates drawn in every step for all its examples, besides in-batch ones", low=0, kind="two_tower"
+    )
+    sampled_exponent: float = setting(
+        0.0, "they are drawn by count ** this; 0: uniformly", low=-1.0, high=1.0, kind="two_tower"
+    )
+    mined_negatives: int = setting(
+        0,
+        "hard candidates drawn in every step from what an index of the items ranks high for the batch's queries; "
+        "they come in after one and a half times mined_every steps",
+        low=0,
+        kind="two_tower",
+    )
+    mined_every: int = setting(
+        500,
+        "steps between two indexes, each built in the background from the current item vectors",
+        low=2,
+        kind="two_tower",
+    )
+    mined_skip: int = setting(
+        10, "so many of the highest ranks are passed over, as they are full of false negatives", low=0, kind="two_tower"
+    )
+    mined_take: int = setting(50, "hard candidates are drawn from so many ranks after them", low=1, kind="two_tower")
+    mined_margin: float = setting(
+        2.0,
+        "no hard candidates are items more similar to the query than its positive by more than this; below 0: "
+        "they must stay so far below it. 2: all are",
+        kind="two_tower",
+    )
+    margin: float = setting(
+        0.2,
+        "ccl: similarity up to which a negative costs nothing. triplet: by which the positive must be more "
+        "similar than the negative; 0: the soft margin log(1 + exp(difference / temperature))",
+        low=0.0,
+        kind="two_tower",
+    )
+    triplet_negative: Literal["random", "semi_hard", "hard"] = setting(
+        "semi_hard",
+        "triplet's negative: any candidate, the most similar that is less similar than the positive, or the most "
+        "similar of all",
+        kind="two_tower",
+    )
+    negative_weight: float = setting(
+        100.0, "ccl: weight of the negatives' mean against the positive", low=0.0, kind="two_tower"
+    )
     mask: Literal["item", "session"] = setting(
         "session",
         "not taken as negatives: the positive item itself, or all items of its session",
         kind="two_tower",
     )
     logq: float = setting(
-        1.0, "strength of the sampling correction of in-batch negatives", low=0.0, high=1.0, kind="two_tower"
+        1.0,
+        "info_nce, nt_xent: strength of the correction of every candidate by the log of how often all sources "
+        "together are expected to bring it",
+        low=0.0,
+        high=1.0,
+        kind="two_tower",
+    )
+    logq_positive: bool = setting(
+        False,
+        "the positive is corrected as any other candidate (Yi et al. 2019); false: it is not, since it always is one, "
+        "so that the loss estimates the softmax over the catalogue",
+        kind="two_tower",
+    )
+    frequency_slots: int = setting(
+        0,
+        "the correction takes in-batch frequencies from so many hashed counters that follow the training data, "
+        "instead of exact counts; 0: exact",
+        low=0,
+        kind="two_tower",
     )
     normalize: bool = setting(True, "vectors have unit length", kind="two_tower")
 
@@ -159,16 +243,24 @@ class TrainSettings:
         kind="two_tower",
     )
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = setting(
-        "rowwise_adagrad", "optimiser of the tables (item2vec always is SGD, as published)", kind="two_tower"
+        "rowwise_adagrad",
+        "optimiser of the tables; FBGEMM has no Adam for CPU, so there is none (item2vec always is SGD, as published)",
+        kind="two_tower",
+    )
+    chunk_size: int = setting(
+        0,
+        "so many examples go through towers and loss at once, for batches larger than memory, to the same gradient; "
+        "0: the whole batch",
+        low=0,
+        kind="two_tower",
     )
     learning_rate: float = setting(0.05, "peak learning rate of the tables", low=0.0)
     dense_learning_rate: float = setting(
         1e-3, "peak learning rate of the towers' weights (Adam)", low=0.0, kind="two_tower"
     )
     warmup: float = setting(0.0, "share of the training over which the rate rises to its peak", low=0.0, high=1.0)
-    final_rate: float = setting(
-        0.0, "share of the peak rate at the end of the linear decay; 1: constant", low=0.0, high=1.0
-    )
+    decay: Literal["linear", "cosine"] = setting("linear", "how the rate falls from its peak to its end")
+    final_rate: float = setting(0.0, "share of the peak rate at the end of the decay; 1: constant", low=0.0, high=1.0)
     init_scale: float = setting(
         0.0, "tables start uniform in +-this; 0: 1/(2 dim) for item2vec, 1/sqrt(dim) for two_tower"
     )

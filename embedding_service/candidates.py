@@ -14,7 +14,7 @@ from embedding_service.ragged import Ragged
 from embedding_service.vectors import VectorSet
 
 _SPARE = 8  # rows fetched beyond k from an exhaustive index, so that rounding does not decide who is k-th
-_SHARE = 64  # queries that a thread takes at a time: fewer are answered before a second one has begun
+_SHARE = 128  # queries that a thread takes at a time: fewer are answered before a second one has begun
 _NO_ROWS = np.empty(0, np.int64)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from embedding_service.ragged import Ragged, offsets_of, take_values
 from embedding_service.towers import Given
+from trainers.negatives import UnigramSampler
 from trainers.prepare import Sessions
 
 
@@ -55,28 +56,55 @@ class TokenPlan:
         cuts[0], cuts[-1] = start, stop
         return int(cuts[rank]), int(cuts[rank + 1])
 
-    def batch(self, start: int, stop: int) -> TokenBlock:
-        return TokenBlock(self.items.slice(start, stop))
+    def batch(self, start: int, stop: int, rank: int = 0, num_workers: int = 1) -> TokenBlock:
+        """One worker's share of the step of the sessions start..stop - 1."""
+        return TokenBlock(self.items.slice(*self.share(start, stop, rank, num_workers)))
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """n examples of a query and its positive item.
+    """n examples of a query and its positive item, and what they share with the N examples of their step's pool.
 
     `item` int64 [n] rows; `history` n lists of rows, oldest first, the positive not among them at its place; `user`
-    int64 [n], -1 where unknown, and `features` name -> values; `hits` int64 [p], places i * n + j of pairs where item j
-    is no negative of example i; `without_id` bool [n]: the item is seen by its features alone.
+    int64 [n], -1 where unknown, and `features` name -> values; `without_id` bool [n]: the item is seen by its features
+    alone.
+
+    `positives` int64 [N]: the items of the examples whose positives are each other's candidates, those of this worker
+    or, gathered, of all (`sizes`: how many of each worker), this batch's from place `first` on; `sampled` int64 [s]:
+    candidates drawn for all examples of the step, the same on every worker; `seed`: for more draws of that kind. The
+    items that are no negatives of the k-th of those N examples are `values[begin[k] : end[k]]`.
     """
 
     item: np.ndarray
     history: Ragged
     user: np.ndarray | None
     features: dict[str, Given]
-    hits: np.ndarray
     without_id: np.ndarray
+    positives: np.ndarray
+    sizes: tuple[int, ...]
+    first: int
+    sampled: np.ndarray
+    seed: int
+    values: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    step_items: np.ndarray  # the positives of all workers, gathered or not
 
     def __len__(self) -> int:
         return len(self.item)
+
+    def hits(self, pool: np.ndarray) -> np.ndarray:
+        """Pairs of an example i and a candidate pool[j] (int64 [c]) that is no negative of it: int64 [p], i * c + j."""
+        mine = slice(self.first, self.first + len(self.item))
+        return session_hits(pool, self.values, self.begin[mine], self.end[mine])
+
+    def query_hits(self) -> np.ndarray:
+        """Pairs of an item i of this batch and an example k of the N whose negative it is not: int64 [p], i * N + k.
+
+        What `hits` is when items look for their queries; sorted.
+        """
+        k, i = np.divmod(session_hits(self.item, self.values, self.begin, self.end), max(1, len(self.item)))
+        return np.sort(i * len(self.positives) + k)
 
 
 class PairPlan:
@@ -94,15 +122,20 @@ class PairPlan:
         mask: Literal["item", "session"],
         numbers: tuple[int, ...],
         id_dropout: float = 0.0,
+        gather: bool = False,
+        sampler: UnigramSampler | None = None,
+        num_sampled: int = 0,
     ) -> None:
         """kind: see `model.examples`; with_history, only_history: whether queries see histories, and nothing else;
-        numbers: (seed, epoch, window); id_dropout: share of the examples whose item is seen without its id.
+        numbers: (seed, epoch, window); id_dropout: share of the examples whose item is seen without its id; gather: the
+        examples of a step are those of all workers; sampler: of `num_sampled` further candidates a step.
         """
         random = generator(*numbers, 1)
         self.sessions = sessions
         self.items = shuffle_lists(sessions.items, random) if kind == "every_item" else sessions.items
         self.batch_size, self.kind, self.mask = batch_size, kind, mask
         self.with_history, self.history_length = with_history, history_length
+        self.gather, self.sampler, self.num_sampled, self.numbers = gather, sampler, num_sampled, numbers
         owners = self.items.owners()
         place = np.arange(len(owners)) - self.items.offsets[owners]
         chosen = np.ones(len(owners), bool)
@@ -122,20 +155,37 @@ class PairPlan:
         """The examples of one worker."""
         return start + (stop - start) * rank // num_workers, start + (stop - start) * (rank + 1) // num_workers
 
-    def batch(self, start: int, stop: int) -> PairBatch:
-        """Examples start..stop - 1 of the window's order."""
-        place = self.examples[start:stop]
+    def batch(self, start: int, stop: int, rank: int = 0, num_workers: int = 1) -> PairBatch:
+        """One worker's share of the step of the examples start..stop - 1 of the window's order."""
+        mine = self.share(start, stop, rank, num_workers)
+        span = (start, stop) if self.gather else mine  # the examples with which candidates are shared
+        place = self.examples[slice(*mine)]
         offsets = self.items.offsets
         owner = np.searchsorted(offsets, place, side="right") - 1
-        item = self.items.values[place]
-        history = self._history(place, offsets[owner], offsets[owner + 1])
+        positives = self.items.values[self.examples[slice(*span)]]
         if self.mask == "session":
-            hits = session_hits(item, self.items.values, offsets[owner], offsets[owner + 1])
+            owners = np.searchsorted(offsets, self.examples[slice(*span)], side="right") - 1 if self.gather else owner
+            values, begin, end = self.items.values, offsets[owners], offsets[owners + 1]
         else:
-            hits = session_hits(item, item, np.arange(len(item)), np.arange(1, len(item) + 1))
-        user = None if self.sessions.user is None else self.sessions.user[owner]
-        features = {name: take_values(values, owner) for name, values in self.sessions.features.items()}
-        return PairBatch(item, history, user, features, hits, self.without_id[start:stop])
+            values, begin, end = positives, np.arange(len(positives)), np.arange(1, len(positives) + 1)
+        shares = [self.share(start, stop, r, num_workers) for r in range(num_workers)]
+        seed = int(generator(*self.numbers, 2, start).integers(1 << 63))
+        return PairBatch(
+            item=self.items.values[place],
+            history=self._history(place, offsets[owner], offsets[owner + 1]),
+            user=None if self.sessions.user is None else self.sessions.user[owner],
+            features={name: take_values(values, owner) for name, values in self.sessions.features.items()},
+            without_id=self.without_id[slice(*mine)],
+            positives=positives,
+            sizes=tuple(last - first for first, last in shares) if self.gather else (len(place),),
+            first=mine[0] - span[0],
+            sampled=self.sampler.draw(self.num_sampled, seed) if self.sampler else np.empty(0, np.int64),
+            seed=seed,
+            values=values,
+            begin=begin,
+            end=end,
+            step_items=self.items.values[self.examples[start:stop]],
+        )
 
     def _history(self, place: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Ragged:
         """What the query sees: the items before the positive or, for a basket (in random order), those around it."""
@@ -160,9 +210,10 @@ def shuffle_lists(lists: Ragged, random: np.random.Generator) -> Ragged:
 
 
 def session_hits(items: np.ndarray, values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Pairs i, j (i != j) of a batch of n where items[j] is among values[begin[i]:end[i]], as places i * n + j.
+    """Pairs i, j of n queries and c items where items[j] is among values[begin[i]:end[i]], as places i * c + j.
 
-    items: int64 [n]; values: int64 [m]; begin, end: int64 [n]. Returns int64 [p], each pair once.
+    items: int64 [c]; values: int64 [m]; begin, end: int64 [n]. Returns int64 [p], each pair once, those of a query
+    together and queries in order.
     """
     order = np.argsort(items, kind="stable")
     return _session_hits(items[order], order, values, begin, end)  # type: ignore[no-any-return]
@@ -182,15 +233,15 @@ def _shuffle(values: np.ndarray, offsets: np.ndarray, seed: np.uint64) -> None:
 
 @numba.njit("int64[::1](int64[::1], int64[::1], int64[::1], int64[::1], int64[::1])", nogil=True, cache=True)
 def _session_hits(ordered, order, values, begin, end):  # type: ignore[no-untyped-def]
-    n = ordered.size
+    n, c = begin.size, ordered.size
     bits = 4
-    while (1 << bits) < 2 * n:
+    while (1 << bits) < 2 * c:
         bits += 1
     shift, wrap = np.uint64(64 - bits), np.uint64((1 << bits) - 1)
     slots = np.full(1 << bits, -1, np.int64)  # item -> its first place in `ordered`
-    size = np.zeros(n, np.int64)  # at that place: how often the item is in the batch
+    size = np.zeros(c, np.int64)  # at that place: how often the item is in the pool
     first = 0
-    for place in range(n):
+    for place in range(c):
         if place == 0 or ordered[place] != ordered[place - 1]:
             first = place
             slot = (np.uint64(ordered[first]) * np.uint64(0x9E3779B97F4A7C15)) >> shift
@@ -198,8 +249,8 @@ def _session_hits(ordered, order, values, begin, end):  # type: ignore[no-untype
                 slot = (slot + np.uint64(1)) & wrap
             slots[slot] = first
         size[first] += 1
-    met = np.full(n, -1, np.int64)  # the last query that met the item at this place: lists may repeat an item
-    groups = np.empty((end - begin).sum(), np.int64)  # for each query the items of its list that the batch has
+    met = np.full(c, -1, np.int64)  # the last query that met the item at this place: lists may repeat an item
+    groups = np.empty((end - begin).sum(), np.int64)  # for each query the items of its list that the pool has
     bounds = np.zeros(n + 1, np.int64)
     num_groups = num_hits = 0
     for i in range(n):
@@ -220,7 +271,6 @@ def _session_hits(ordered, order, values, begin, end):  # type: ignore[no-untype
         for g in range(bounds[i], bounds[i + 1]):
             first = groups[g]
             for place in range(first, first + size[first]):
-                if order[place] != i:
-                    hits[count] = i * n + order[place]
-                    count += 1
-    return hits[:count]  # every query's own place is left out
+                hits[count] = i * c + order[place]
+                count += 1
+    return hits

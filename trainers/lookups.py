@@ -34,11 +34,14 @@ class Lookups:
     uses: dict[str, _Use]
     numbers: dict[str, Tensor]
 
-    def blocks(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor | Sequences]:
-        """Input name -> what its tower takes, from `ShardedTables.lookup(self.ids)`."""
+    def blocks(self, rows: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor | Sequences]:
+        """Input name -> what its tower takes, from `ShardedTables.lookup(self.ids)`; `prefix`: only of the inputs whose
+        names begin with it, which is taken off.
+        """
         device = next(iter(rows.values())).device
-        given: dict[str, Tensor | Sequences] = {name: values.to(device) for name, values in self.numbers.items()}
-        return given | {name: self._block(rows[use.table], use) for name, use in self.uses.items()}
+        found: dict[str, Tensor | Sequences] = {name: values.to(device) for name, values in self.numbers.items()}
+        found |= {name: self._block(rows[use.table], use) for name, use in self.uses.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): block for name, block in found.items() if name.startswith(prefix)}
 
     @staticmethod
     def _block(rows: Tensor, use: _Use) -> Tensor | Sequences:

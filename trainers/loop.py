@@ -23,7 +23,7 @@ from trainers.catalogue import evaluate_model
 from trainers.checkpoint import CheckpointStore, Position, Progress, check_same_run
 from trainers.metrics import parse_metric
 from trainers.models import Model, Step, build_model, check_model
-from trainers.objectives import linear_schedule
+from trainers.objectives import schedule
 from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, prepare
 from trainers.sessions import SessionReader, read_ahead
 
@@ -138,7 +138,7 @@ class _Run:
             if self._stopped_early():
                 break
             for position, share, step in self._steps(epoch):
-                rate = linear_schedule(share, warmup=self.config.train.warmup, final_rate=self.config.train.final_rate)
+                rate = self._rate(share)
                 loss, pairs = self.model.step(step, rate)
                 self.progress.position = position
                 self.progress.step += 1
@@ -176,9 +176,8 @@ class _Run:
                 self.num_trainable += plan.num_trainable
                 while offset < plan.size:
                     stop = plan.stop_after(offset, world)
-                    start, end = plan.share(offset, stop, self.place.rank, world)
                     step_seed = _mix(seed, epoch, window, offset, self.place.rank)
-                    step = self.model.prepare(plan.batch(start, end), step_seed)
+                    step = self.model.prepare(plan.batch(offset, stop, self.place.rank, world), step_seed)
                     share = self._share(Position(epoch, window, offset), plan.size)
                     yield Position(epoch, window, stop), share, step
                     offset = stop
@@ -191,6 +190,10 @@ class _Run:
         inside = position.offset / window_size if window_size else 0.0
         done = position.epoch + (position.window + inside) / self.reader.num_windows()
         return min(1.0, done / self.config.train.epochs)
+
+    def _rate(self, share: float) -> float:
+        train = self.config.train
+        return schedule(share, warmup=train.warmup, decay=train.decay, final_rate=train.final_rate)
 
     def _count(self, loss: float, pairs: int, examples: int, share: float, rate: float) -> None:
         self.loss, self.pairs, self.examples = self.loss + loss, self.pairs + pairs, self.examples + examples

@@ -15,7 +15,9 @@ from embedding_service.keys import Vocabulary
 from embedding_service.ragged import Ragged
 from embedding_service.sharding import ShardedTables
 from embedding_service.towers import Given, Tower
+from trainers.contrast import TEMPERATURES, ContrastSpec
 from trainers.item2vec import Item2Vec
+from trainers.mining import MiningSpec
 from trainers.prepare import Prepared, Sessions, check_feature_names
 from trainers.two_tower import TwoTower
 
@@ -30,8 +32,7 @@ class Plan(Protocol):
     num_trainable: int
 
     def stop_after(self, offset: int, num_workers: int) -> int: ...
-    def share(self, start: int, stop: int, rank: int, num_workers: int) -> tuple[int, int]: ...
-    def batch(self, start: int, stop: int) -> Any: ...
+    def batch(self, start: int, stop: int, rank: int = 0, num_workers: int = 1) -> Any: ...
 
 
 class Step(Protocol):
@@ -86,7 +87,8 @@ def check_model(config: Config) -> None:
     if "user" in model.query and not config.data.user:
         raise SettingError("model.query", "asks for the user, but data.user names no column")
     check_feature_names("data.query_features", config.data.query_features)
-    _check_history(config.model)
+    _check_history(model)
+    _check_contrast(model)
     if model.id_dropout and not config.data.item_features:
         raise SettingError("model.id_dropout", "leaves nothing of an item without data.item_features; name them")
     if model.id_dropout >= 1.0:
@@ -108,6 +110,58 @@ def _check_history(model: ModelSettings) -> None:
         raise SettingError(
             "model.history_decay", f"is for recency and attention; model.history_encoder is {encoder}: leave it out"
         )
+
+
+def _check_contrast(model: ModelSettings) -> None:
+    if not model.in_batch and not model.sampled_negatives:
+        raise SettingError(
+            "model.in_batch", "is false, and there are no other negatives: set model.sampled_negatives as well"
+        )
+    if not model.in_batch and model.gather:
+        raise SettingError("model.gather", "is about in-batch negatives, but model.in_batch is false")
+    if not model.in_batch and model.objective == "nt_xent":
+        raise SettingError("model.objective", "nt_xent compares items with the batch's queries: set model.in_batch")
+    if model.frequency_slots and not (model.in_batch and model.objective in ("info_nce", "nt_xent")):
+        raise SettingError(
+            "model.frequency_slots", "estimates how often in-batch negatives occur, for model.logq: nothing here asks"
+        )
+    if model.objective == "ccl" and not model.normalize:
+        raise SettingError("model.objective", "ccl compares cosines: set model.normalize")
+    if model.learn_temperature and (model.objective == "ccl" or (model.objective == "triplet" and model.margin > 0.0)):
+        raise SettingError("model.learn_temperature", f"{model.objective} with a margin has no temperature to learn")
+    low, high = TEMPERATURES
+    if model.learn_temperature and not low <= model.temperature <= high:
+        raise SettingError(
+            "model.temperature", f"must be in [{low}, {high}] where it is learned; got {model.temperature}"
+        )
+
+
+def _contrast_spec(config: Config) -> ContrastSpec:
+    model = config.model
+    return ContrastSpec(
+        objective=model.objective,
+        in_batch=model.in_batch,
+        gather=model.gather,
+        sampled_negatives=model.sampled_negatives,
+        sampled_exponent=model.sampled_exponent,
+        mining=MiningSpec(
+            num=model.mined_negatives,
+            every=model.mined_every,
+            skip=model.mined_skip,
+            take=model.mined_take,
+            margin=model.mined_margin,
+        )
+        if model.mined_negatives
+        else None,
+        temperature=model.temperature,
+        learn_temperature=model.learn_temperature,
+        logq=model.logq,
+        logq_positive=model.logq_positive,
+        frequency_slots=model.frequency_slots,
+        margin=model.margin,
+        negative_weight=model.negative_weight,
+        triplet_negative=model.triplet_negative,
+    )
 
 
 def build_model(config: Config, prepared: Prepared, *, device: torch.device, threads: int) -> Model:
@@ -154,10 +208,10 @@ def build_model(config: Config, prepared: Prepared, *, device: torch.device, thr
         history_decay=model.history_decay,
         history_length=model.history_length,
         training_history_length=train.history_length or model.history_length,
-        temperature=model.temperature,
-        logq=model.logq,
+        contrast=_contrast_spec(config),
         normalize=model.normalize,
         batch_size=train.batch_size,
+        chunk_size=train.chunk_size,
         optimizer=train.optimizer,
         learning_rate=train.learning_rate,
         dense_learning_rate=train.dense_learning_rate,

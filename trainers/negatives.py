@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embedding_service.hashing import stable_hash
 
 
 class UnigramSampler:
@@ -35,14 +39,60 @@ def unigram_probability(counts: np.ndarray, exponent: float) -> np.ndarray:
     return weight
 
 
-def log_frequency(counts: np.ndarray) -> np.ndarray:
-    """log Q of in-batch negatives, which occur as often as the items do: float32 [rows].
+def frequency(counts: np.ndarray) -> np.ndarray:
+    """The share of all events that each row has, which is how often it is a batch's positive: float64 [rows].
 
-    Rows that never occur get the log of half an event, so that the correction stays finite (Yi et al. 2019, section 4).
+    Rows that never occur get half an event, so that the log stays finite.
     """
-    total = max(1, int(counts.sum()))
-    logs: np.ndarray = np.log(np.maximum(counts, 0.5) / total)
-    return logs.astype(np.float32)
+    share: np.ndarray = np.maximum(counts, 0.5) / max(1, int(counts.sum()))
+    return share
+
+
+class StreamingFrequency(nn.Module):
+    """`frequency` of a stream, estimated as it goes by (Yi et al. 2019, section 4, algorithms 2 and 3).
+
+    Two hashed arrays hold when a slot was last met and the mean gap between its meetings, in examples (the paper counts
+    steps, whose size depends on the workers); a frequency is 1 / gap. Where items share a slot the gap is too short, so
+    the larger of the two counts. A gap is the mean of a slot's first `1 / rate` ones, and then moves by `rate`: with
+    the paper's fixed rate a rare item would keep its first gap, which is off by a factor of e as easily as not.
+
+    The arrays are buffers, so that checkpoints hold them; they are the same on all workers.
+    """
+
+    last: Tensor
+    gap: Tensor
+    meetings: Tensor
+    clock: Tensor
+
+    def __init__(self, slots: int, *, rate: float = 0.01) -> None:
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("last", torch.zeros(2, slots, dtype=torch.int64))
+        self.register_buffer("gap", torch.zeros(2, slots, dtype=torch.float64))
+        self.register_buffer("meetings", torch.zeros(2, slots, dtype=torch.int64))
+        self.register_buffer("clock", torch.zeros(1, dtype=torch.int64))
+
+    def update(self, items: np.ndarray) -> None:
+        """Meet `items` (int64 [n]), in this order."""
+        _meet(
+            self._slots(items),
+            self.last.numpy(),
+            self.gap.numpy(),
+            self.meetings.numpy(),
+            self.clock.numpy(),
+            self.rate,
+        )
+
+    def share(self, items: np.ndarray) -> np.ndarray:
+        """The estimate for each of `items`, float64 [n]; of items that were not met yet, half an event."""
+        gap = np.take_along_axis(self.gap.numpy(), self._slots(items), axis=1).max(axis=0)
+        share: np.ndarray = 1.0 / np.where(gap > 0.0, gap, 2.0 * (1.0 + self.clock.item()))
+        return share
+
+    def _slots(self, items: np.ndarray) -> np.ndarray:
+        """Each item's slot in both arrays: int64 [2, n]."""
+        slots = np.uint64(self.gap.shape[1])
+        return np.stack([stable_hash(items, seed=table + 1) % slots for table in range(2)]).astype(np.int64)
 
 
 def keep_probability(counts: np.ndarray, threshold: float) -> np.ndarray:
@@ -103,3 +153,18 @@ def _draw(accept: np.ndarray, alias: np.ndarray, num: int, seed: np.uint64) -> n
         coin = np.float64((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
         out[i] = row if coin < accept[row] else alias[row]
     return out
+
+
+@numba.njit("void(int64[:, ::1], int64[:, ::1], float64[:, ::1], int64[:, ::1], int64[::1], float64)", cache=True)
+def _meet(
+    slots: np.ndarray, last: np.ndarray, gap: np.ndarray, meetings: np.ndarray, clock: np.ndarray, rate: float
+) -> None:
+    for table in range(slots.shape[0]):
+        for i in range(slots.shape[1]):
+            slot = slots[table, i]
+            now = clock[0] + i + 1
+            meetings[table, slot] += 1
+            weight = max(rate, 1.0 / meetings[table, slot])
+            gap[table, slot] += weight * (now - last[table, slot] - gap[table, slot])
+            last[table, slot] = now
+    clock[0] += slots.shape[1]

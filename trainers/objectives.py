@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,52 +12,130 @@ from torch.nn import functional as F
 
 def info_nce(
     query: Tensor,
-    candidate: Tensor,
-    log_q: Tensor,
-    hits: Tensor,
+    positive: Tensor,
+    pool: Tensor,
     *,
-    temperature: float,
+    log_q: Tensor,
+    positive_log_q: Tensor,
+    hits: Tensor,
+    scale: Tensor | float,
 ) -> Tensor:
-    """Summed InfoNCE loss with in-batch negatives (van den Oord et al. 2018) and sampling correction (Yi et al. 2019).
+    """Summed InfoNCE loss (van den Oord et al. 2018): every query's positive against one pool of candidates.
 
-    Row i's positive is candidate i, its negatives are the other candidates of the batch:
+        own[i] = scale query[i] . positive[i] - positive_log_q[i]
+        logit[i, j] = scale query[i] . pool[j] - log_q[j]
+        loss = - sum_i log(exp own[i] / (exp own[i] + sum_j exp logit[i, j]))      j over the pool but for i's hits
 
-        logit[i, j] = query[i] . candidate[j] / temperature - log_q[j]
-        loss = - sum_i log softmax(logit[i])[i]
+    scale: 1 / temperature. log_q: log of how often candidate j is expected in the pool, which makes the sum an estimate
+    of the sum over the catalogue; positive_log_q: the same of the positives (Yi et al. 2019), or 0, since a positive
+    always is there once (Blanc and Rendle 2018); see `contrast.py`. hits: pairs that are no negatives; where the pool
+    holds the batch's positives, each query's own place must be one of them. Order: temperature, log_q, mask.
 
-    where `log_q[j]` is the log of the probability that candidate j is drawn into a batch; subtracting it makes the
-    sampled softmax an estimate of the full one. Pairs (i, j) in `hits` (accidental hits: candidate j is i's own item
-    once more) leave the softmax. Order: temperature, then log_q, then the mask.
-
-    query, candidate: float32 [n, d]; log_q: float32 [n]; hits: int64 [p], places i * n + j. Returns a float32 scalar.
+    query, positive: float [n, d]; pool: float [c, d]; log_q: float [c]; positive_log_q: float [n]; hits: int64 [p],
+    places i * c + j. Returns a scalar; the gradient reaches query, positive, pool and scale.
     """
-    return _InfoNCE.apply(query, candidate, log_q, hits, 1.0 / temperature)  # type: ignore[no-any-return, no-untyped-call]
+    return _InfoNCE.apply(query, positive, pool, log_q, positive_log_q, hits, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _InfoNCE(torch.autograd.Function):
-    """`info_nce` with one n x n matrix that is turned in place from logits to probabilities to their gradient.
+    """`info_nce` with one n x c matrix that is turned in place from logits to the softmax over the pool.
 
-    The same numbers as F.cross_entropy(logits, arange(n), reduction="sum") (a test holds the two together).
+    With `total` the log of the pool's sum, a loss is log(1 + exp(total - own)) and its derivative the sigmoid of that:
+    a weight per row, so that the matrix is not touched again. (A test holds it to F.cross_entropy.)
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, candidate: Tensor, log_q: Tensor, hits: Tensor, scale: float) -> Tensor:
-        logits = torch.addmm(log_q, query, candidate.T, beta=-1.0, alpha=scale)
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        positive: Tensor,
+        pool: Tensor,
+        log_q: Tensor,
+        positive_log_q: Tensor,
+        hits: Tensor,
+        scale: Tensor | float,
+    ) -> Tensor:
+        factor = float(scale)
+        logits = torch.addmm(log_q, query, pool.T, beta=-1.0, alpha=factor)
         logits.view(-1).index_fill_(0, hits, -torch.inf)
-        own, largest = logits.diagonal().clone(), logits.amax(1) if len(logits) else logits.new_empty(0)
-        gradient = torch.softmax(logits, 1, out=logits)
-        log_total = largest - (gradient.amax(1).log() if len(logits) else largest)  # log softmax at the largest logit
-        loss = (log_total - own).sum()
-        gradient.diagonal().sub_(1.0)
-        ctx.save_for_backward(query, candidate, gradient)
+        own = factor * (query * positive).sum(1) - positive_log_q
+        largest = logits.amax(1) if len(pool) else own.new_full(own.shape, -torch.inf)
+        logits.index_fill_(0, torch.nonzero(largest == -torch.inf)[:, 0], 0.0)  # no negative is left: weight 0 below
+        softmax = torch.softmax(logits, 1, out=logits)
+        total = largest - softmax.amax(1).log() if len(pool) else largest  # the log-sum through the largest logit
+        ctx.save_for_backward(query, positive, pool, softmax, torch.sigmoid(total - own))
         ctx.scale = scale
-        return loss
+        return F.softplus(total - own).sum()
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        query, candidate, gradient = ctx.saved_tensors
-        factor = outer[0] * ctx.scale
-        return factor * (gradient @ candidate), factor * (gradient.T @ query), None, None, None
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        query, positive, pool, softmax, weight = ctx.saved_tensors
+        factor = float(ctx.scale)
+        weight = (outer[0] * weight)[:, None]
+        along_query = weight * (softmax @ pool - positive)
+        weighted = (factor * weight) * query
+        along_scale = (along_query * query).sum().reshape_as(ctx.scale) if ctx.needs_input_grad[6] else None
+        return factor * along_query, -weighted, softmax.T @ weighted, None, None, None, along_scale
+
+
+def cosine_contrastive(
+    query: Tensor, positive: Tensor, pool: Tensor, *, hits: Tensor, margin: float, negative_weight: float
+) -> Tensor:
+    """Summed cosine contrastive loss (SimpleX, Mao et al. 2021, equation 1), of vectors of unit length.
+
+        loss = sum_i [ 1 - query_i . positive_i + negative_weight mean_j max(0, query_i . pool_j - margin) ]
+
+    with j over the pool but for i's hits. Arguments as in `info_nce`.
+    """
+    excess = (query @ pool.T - margin).clamp_min(0.0).view(-1).index_fill(0, hits, 0.0).view(len(query), len(pool))
+    num = len(pool) - torch.bincount(_owner(hits, pool), minlength=len(query))
+    negative = negative_weight * excess.sum(1) / num.clamp_min(1)
+    return (1.0 - (query * positive).sum(1) + negative).sum()
+
+
+def triplet(
+    query: Tensor,
+    positive: Tensor,
+    pool: Tensor,
+    *,
+    hits: Tensor,
+    margin: float,
+    scale: Tensor | float,
+    choice: Literal["random", "semi_hard", "hard"],
+    first: Tensor,
+) -> Tensor:
+    """Summed triplet loss with one negative per query, mined in the pool, on similarities s, by which retrieval ranks.
+
+        margin > 0    max(0, s_negative - s_positive + margin)          (Schroff et al. 2015; for unit vectors
+                      |x - y|^2 = 2 - 2 s, so it is half of theirs with half of their margin)
+        margin = 0    log(1 + exp(scale (s_negative - s_positive)))     (the soft margin of Hermans et al. 2017)
+
+    choice: `hard` is the most similar negative; `semi_hard` the most similar one that is less similar than the
+    positive, the least similar one of all where there is none; `random` the first from place `first` on, and around.
+    first: int64 [n], used by `random`. A query without negatives costs nothing. Other arguments as in `info_nce`.
+    """
+    own = (query * positive).sum(1)
+    similar = (query @ pool.T).view(-1).index_fill(0, hits, -torch.inf).view(len(query), len(pool))
+    with torch.no_grad():
+        allowed = similar > -torch.inf
+        rows = allowed.any(1).nonzero()[:, 0]
+        if choice == "random":
+            order = -((torch.arange(len(pool), device=query.device) - first[:, None]) % max(1, len(pool))).to(own.dtype)
+            rank = order.masked_fill(~allowed, -torch.inf)
+        elif choice == "semi_hard":
+            below = similar.masked_fill(similar >= own[:, None], -torch.inf)
+            easiest = (-similar).masked_fill(~allowed, -torch.inf)
+            rank = torch.where((below > -torch.inf).any(1, keepdim=True), below, easiest)
+        else:
+            rank = similar
+        chosen = rank[rows].argmax(1) if len(rows) else rows
+    excess = similar[rows, chosen] - own[rows]
+    return (F.relu(excess + margin) if margin > 0.0 else F.softplus(scale * excess)).sum()
+
+
+def _owner(hits: Tensor, pool: Tensor) -> Tensor:
+    """The query of each place i * c + j."""
+    return hits // max(1, len(pool))
 
 
 def skip_gram(center: Tensor, context: Tensor, negatives: Tensor) -> Tensor:
@@ -72,12 +151,15 @@ def skip_gram(center: Tensor, context: Tensor, negatives: Tensor) -> Tensor:
     return -(positive.sum() + negative.sum())
 
 
-def linear_schedule(progress: float, *, warmup: float, final_rate: float) -> float:
-    """Factor on the peak learning rate at `progress` in [0, 1] of the training.
+def schedule(progress: float, *, warmup: float, decay: Literal["linear", "cosine"], final_rate: float) -> float:
+    """Factor on the peak learning rates at `progress` in [0, 1] of the training.
 
-    A linear rise over the first `warmup`, then linear from 1 to `final_rate`. A function of the data position, so the
-    rate does not depend on the number of workers.
+    A linear rise over the first `warmup`, then from 1 to `final_rate`, along a line or half a cosine (Loshchilov and
+    Hutter 2017). A function of the data position, so the rate does not depend on the number of workers.
     """
     if progress < warmup:
         return progress / warmup
-    return 1.0 - (1.0 - final_rate) * (progress - warmup) / max(1.0 - warmup, 1e-12)
+    left = 1.0 - (progress - warmup) / max(1.0 - warmup, 1e-12)
+    if decay == "cosine":
+        left = 0.5 - 0.5 * math.cos(math.pi * left)
+    return final_rate + (1.0 - final_rate) * left

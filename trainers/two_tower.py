@@ -1,4 +1,4 @@
-"""Two-tower retrieval: a query tower and an item tower, trained by InfoNCE with in-batch negatives (Yi et al. 2019)."""
+"""Two-tower retrieval: a query tower and an item tower, trained by a contrastive loss (Yi et al. 2019)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from embedding_service.ragged import Ragged, take_values
 from embedding_service.sharding import ShardedTables
 from embedding_service.tables import Optimizer, Precision, TableSpec
 from embedding_service.towers import Given, InputRows, Tower, TowerInput, TowerSpec, input_rows, says
+from trainers.contrast import Contrast, ContrastSpec, Pool
 from trainers.examples import PairBatch, PairPlan
 from trainers.features import Feature
 from trainers.lookups import Lookups, plan_lookups, read_blocks
-from trainers.negatives import log_frequency
-from trainers.objectives import info_nce
+from trainers.mining import HardNegatives
 from trainers.prepare import Sessions
 
 HistoryEncoder = Literal["recency", "mean", "last", "attention", "gru"]
@@ -27,15 +27,15 @@ HistoryEncoder = Literal["recency", "mean", "last", "attention", "gru"]
 
 @dataclass(frozen=True)
 class _Step:
-    """A batch, ready: what to look up, and the constants of the loss."""
+    """A batch, ready: its candidates, and what to look up. Without candidates: the queries alone, to mine for."""
 
+    batch: PairBatch
+    pool: Pool | None
     lookups: Lookups
-    log_q: Tensor
-    hits: Tensor
 
     @property
     def num_examples(self) -> int:
-        return len(self.log_q)
+        return len(self.batch)
 
 
 class TwoTower:
@@ -63,10 +63,10 @@ class TwoTower:
         history_decay: float,
         history_length: int,
         training_history_length: int,
-        temperature: float,
-        logq: float,
+        contrast: ContrastSpec,
         normalize: bool,
         batch_size: int,
+        chunk_size: int,
         optimizer: Optimizer,
         learning_rate: float,
         dense_learning_rate: float,
@@ -109,7 +109,11 @@ class TwoTower:
             torch.manual_seed(seed)
             self.query_tower = Tower(TowerSpec(tuple(inputs), dim, hidden, normalize)).to(device)
             self.item_tower = Tower(TowerSpec(tuple(candidate), dim, hidden, normalize)).to(device)
-        self.dense = nn.ModuleDict({"query_tower": self.query_tower, "item_tower": self.item_tower})
+            self.contrast = Contrast(counts, contrast, dim=dim, device=device)
+        self.dense = nn.ModuleDict(
+            {"query_tower": self.query_tower, "item_tower": self.item_tower, "contrast": self.contrast}
+        )
+        self._towers = {"query": self.query_tower, "item": self.item_tower}
         weights = list(self.dense.parameters())
         self.dense_optimizer: torch.optim.Optimizer | None = None
         if weights:
@@ -117,9 +121,8 @@ class TwoTower:
         sees_history = [block.source in ("history", "last_item") for block in inputs]
         self._with_history, self._only_history = any(sees_history), all(sees_history)
         self._id_dropout = id_dropout
-        self._log_q = log_frequency(counts) * logq
         self._examples, self._mask, self._history_length = examples, mask, training_history_length
-        self._batch_size, self._temperature = batch_size, temperature
+        self._batch_size, self._chunk_size = batch_size, chunk_size
         self._learning_rate, self._dense_learning_rate = learning_rate, dense_learning_rate
 
     def plan(self, sessions: Sessions, numbers: tuple[int, ...]) -> PairPlan:
@@ -134,17 +137,45 @@ class TwoTower:
             mask=self._mask,
             id_dropout=self._id_dropout,
             numbers=numbers,
+            gather=self.contrast.spec.gather,
+            sampler=self.contrast.sampler,
+            num_sampled=self.contrast.spec.sampled_negatives,
         )
 
     def prepare(self, batch: PairBatch, seed: int) -> _Step:
-        """Find the batch's distinct rows; needs no other worker, so it can run ahead. `seed` is not used."""
-        single = dict(batch.features)
-        if batch.user is not None:
-            single["user"] = batch.user
-        inputs = input_rows(self.query_tower.spec, history=batch.history, single=single)
-        inputs |= self._item_inputs(batch.item, batch.without_id)
-        hits = torch.from_numpy(batch.hits)
-        return _Step(plan_lookups(inputs, self._table_of), torch.from_numpy(self._log_q[batch.item]), hits)
+        """Find the batch's candidates and distinct rows; needs no other worker, so it can run ahead. `seed` is not
+        used: what is drawn is the same on all workers, and was drawn with the batch.
+        """
+        if self.contrast.miner is not None:
+            return _Step(batch, None, plan_lookups(self._query_inputs(batch), self._table_of))
+        return self._ready(batch, self.contrast.pool(batch))
+
+    def _ready(self, batch: PairBatch, pool: Pool) -> _Step:
+        inputs = self._query_inputs(batch)
+        items = np.concatenate([batch.item, pool.extra])
+        without_id = np.append(batch.without_id, np.zeros(len(pool.extra), bool))
+        for part, chunk in self._chunks(len(items)):
+            found = self._item_inputs(items[chunk], without_id[chunk])
+            inputs |= {f"item{part}/{name}": rows for name, rows in found.items()}
+        return _Step(batch, pool, plan_lookups(inputs, self._table_of))
+
+    def _query_inputs(self, batch: PairBatch) -> dict[str, InputRows | np.ndarray]:
+        single = batch.features if batch.user is None else batch.features | {"user": batch.user}
+        inputs: dict[str, InputRows | np.ndarray] = {}
+        for part, chunk in self._chunks(len(batch)):
+            examples = np.arange(chunk.start, chunk.stop)
+            found = input_rows(
+                self.query_tower.spec,
+                history=batch.history.slice(chunk.start, chunk.stop),
+                single={name: take_values(values, examples) for name, values in single.items()},
+            )
+            inputs |= {f"query{part}/{name}": rows for name, rows in found.items()}
+        return inputs
+
+    def _chunks(self, num: int) -> list[tuple[int, slice]]:
+        """Numbered parts of `num` examples, at least one; see train.chunk_size."""
+        size = self._chunk_size or max(1, num)
+        return [(i, slice(i * size, min(num, (i + 1) * size))) for i in range(max(1, -(-num // size)))]
 
     def step(self, step: _Step, rate: float) -> tuple[float, int]:
         """One update on the summed loss of the examples of all workers, so that the learning rate is one per example.
@@ -152,15 +183,58 @@ class TwoTower:
         rate: factor on the peak learning rates. Returns (this worker's summed loss, its number of examples).
         """
         self.tables.set_learning_rate(self._learning_rate * rate)
-        blocks = step.lookups.blocks(self.tables.lookup(step.lookups.ids))
-        query, item = self.query_tower(blocks), self.item_tower(blocks)
-        device = item.device
-        hits = step.hits.to(device)
-        loss = info_nce(query, item, step.log_q.to(device), hits, temperature=self._temperature)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if self.contrast.miner is not None:
+            step = self._mine(step, self.contrast.miner)
+        assert step.pool is not None
+        rows = self.tables.lookup(step.lookups.ids)
+        loss = self._backward_in_chunks(step, rows) if self._chunk_size else self._backward(step, rows)
         if self.dense_optimizer is not None:
             self._update_dense(self.dense_optimizer, rate)
-        return loss.item(), len(item)
+        return loss, len(step.batch)
+
+    def _mine(self, step: _Step, miner: HardNegatives) -> _Step:
+        """The step with hard negatives for its queries, which are encoded once more for that."""
+        miner.begin_step(self.encode_items)
+        with torch.no_grad():
+            query = self._encode("query", step.lookups, self.tables.lookup(step.lookups.ids), len(step.batch))
+        return self._ready(step.batch, self.contrast.pool(step.batch, miner.mine(query, step.batch)))
+
+    def _backward(self, step: _Step, rows: Mapping[str, Tensor]) -> float:
+        assert step.pool is not None
+        num = len(step.batch)
+        query = self._encode("query", step.lookups, rows, num)
+        item = self._encode("item", step.lookups, rows, num + len(step.pool.extra))
+        extra = item[num:]
+        return self.contrast.backward(query, item[:num] if len(extra) else item, extra, step.pool, chunk=0)
+
+    def _backward_in_chunks(self, step: _Step, rows: Mapping[str, Tensor]) -> float:
+        """`_backward` with the memory of towers and loss bounded by a chunk (gradient caching, Gao et al. 2021).
+
+        Vectors are encoded without a graph, the loss gives their gradients, and chunk by chunk they are encoded again
+        to take these further. The looked-up rows collect what the chunks send them and pass it on once, since the
+        tables' optimiser runs inside `backward`.
+        """
+        assert step.pool is not None
+        num = len(step.batch)
+        leaves = {name: found.detach().requires_grad_() for name, found in rows.items()}
+        with torch.no_grad():
+            query = self._encode("query", step.lookups, leaves, num)
+            item = self._encode("item", step.lookups, leaves, num + len(step.pool.extra))
+        query.requires_grad_()
+        item.requires_grad_()
+        loss = self.contrast.backward(query, item[:num], item[num:], step.pool, chunk=self._chunk_size)
+        for side, vectors in (("query", query), ("item", item)):
+            assert vectors.grad is not None
+            for part, chunk in self._chunks(len(vectors)):
+                self._towers[side](step.lookups.blocks(leaves, f"{side}{part}/")).backward(vectors.grad[chunk])
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
+        torch.autograd.backward(list(rows.values()), gradients)
+        return loss
+
+    def _encode(self, side: str, lookups: Lookups, rows: Mapping[str, Tensor], num: int) -> Tensor:
+        """Vectors of the `num` queries or items of a step: float32 [num, dim]."""
+        parts = [self._towers[side](lookups.blocks(rows, f"{side}{part}/")) for part, _ in self._chunks(num)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _update_dense(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
         for weight in self.dense.parameters():
@@ -171,6 +245,7 @@ class TwoTower:
             group["lr"] = self._dense_learning_rate * rate
         optimizer.step()
         optimizer.zero_grad()
+        self.contrast.clamp()
 
     def _item_inputs(
         self, items: np.ndarray, without_id: np.ndarray | None = None

@@ -49,6 +49,14 @@ def run_recipe(name: str, ks: str, *settings: str) -> dict[str, Any]:
         }
 
 
+def train_recipe(name: str, *settings: str) -> dict[str, Any]:
+    """Train the recipe and give its result, with the figures of the validation data that the settings hold out."""
+    environment = {**os.environ, "LEXSHARD_DATA": str(data_folder())}
+    with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
+        flags = [part for setting in (f"run={folder}/run", *settings) for part in ("--set", setting)]
+        return _lexshard(["train", str(RECIPES / f"{name}.toml"), "--json", *flags], environment)
+
+
 def _lexshard(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "cluster.cli", *arguments]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

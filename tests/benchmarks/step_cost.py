@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from embedding_service.ragged import Ragged
 from tests.ranks import run_on_ranks
+from trainers.contrast import ContrastSpec
 from trainers.prepare import Sessions
 from trainers.sessions import read_ahead
 from trainers.two_tower import TwoTower
@@ -107,7 +108,7 @@ def measure_model(sessions: Sessions, rows: int, *, history: bool) -> list[dict[
 
         def prepared(first: int = first) -> Iterator[Any]:
             for start in range(first, first + span * BLOCK_STEPS, span):
-                yield model.prepare(plan.batch(*plan.share(start, start + span, rank, world)), 0)
+                yield model.prepare(plan.batch(start, start + span, rank, world), 0)
 
         step_seconds, _ = timed_steps(model, read_ahead(prepared()))
         loss_seconds = loss.seconds()
@@ -190,10 +191,10 @@ def new_model(sessions: Sessions, rows: int, *, history: bool) -> TwoTower:
         history_decay=1.0,
         history_length=SESSION_ITEMS - 1,
         training_history_length=SESSION_ITEMS - 1,
-        temperature=TEMPERATURE,
-        logq=1.0,
+        contrast=ContrastSpec(temperature=TEMPERATURE),
         normalize=True,
         batch_size=BATCH,
+        chunk_size=0,
         optimizer="rowwise_adagrad",
         learning_rate=0.05,
         dense_learning_rate=1e-3,

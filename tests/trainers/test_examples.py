@@ -8,6 +8,7 @@ import pytest
 
 from embedding_service.ragged import Ragged
 from trainers.examples import PairBatch, PairPlan, TokenPlan, generator, session_hits, shuffle_lists
+from trainers.negatives import UnigramSampler
 from trainers.prepare import Sessions
 
 # Every (session, item) tells where it is: item 100 * s + p is at place p of session s, until sessions repeat items.
@@ -195,34 +196,77 @@ def test_shuffle_lists_gives_every_order_the_same_chance() -> None:
     assert all(abs(count - 2000) < 5 * np.sqrt(2000) for count in orders.values())
 
 
-def brute_hits(items: list[int], own: list[list[int]]) -> set[tuple[int, int]]:
-    n = len(items)
-    return {(i, j) for i in range(n) for j in range(n) if i != j and items[j] in own[i]}
+def brute_hits(pool: list[int], own: list[list[int]]) -> set[tuple[int, int]]:
+    return {(i, j) for i in range(len(own)) for j in range(len(pool)) if pool[j] in own[i]}
+
+
+def random_lists(seed: int) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    return [random.integers(0, 12, random.integers(0, 9)).tolist() for _ in range(40)]
+
+
+def owned(batch: PairBatch, mask: str) -> list[list[int]]:
+    lists = zip(batch.item.tolist(), batch.history.to_lists(), strict=True)
+    return [[item, *history] if mask == "session" else [item] for item, history in lists]
 
 
 @pytest.mark.parametrize("mask", ["item", "session"])
 @pytest.mark.parametrize("seed", range(4))
 def test_hits_are_those_of_brute_force(mask: str, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    lists = [random.integers(0, 12, random.integers(0, 9)).tolist() for _ in range(40)]
-    plan = pair_plan(lists, kind="every_item", mask=mask, batch_size=1000)
+    plan = pair_plan(random_lists(seed), kind="every_item", mask=mask, batch_size=1000)
+    extra = np.random.default_rng(seed).integers(0, 14, 20)
     for start, stop in ((0, plan.size), (5, 37), (3, 4), (3, 3)):
         batch = plan.batch(start, stop)
-        items = batch.item.tolist()
-        own = [
-            [item, *history] if mask == "session" else [item]
-            for item, history in zip(items, batch.history.to_lists(), strict=True)
-        ]
-        pairs = [divmod(place, len(items)) for place in batch.hits.tolist()]
-        assert len(pairs) == len(set(pairs)), "a pair is there twice"
-        assert set(pairs) == brute_hits(items, own)
+        for pool in (batch.positives, extra, np.concatenate([batch.positives, extra]), extra[:0]):
+            places = batch.hits(pool).tolist()
+            pairs = [divmod(place, max(1, len(pool))) for place in places]
+            assert len(pairs) == len(set(pairs)), "a pair is there twice"
+            assert set(pairs) == brute_hits(pool.tolist(), owned(batch, mask))
+            assert [i for i, _ in pairs] == sorted(i for i, _ in pairs)
+
+
+@pytest.mark.parametrize("mask", ["item", "session"])
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_gathered_workers_share_the_step(mask: str, num_workers: int) -> None:
+    """Each has its own examples, and the positives and hits of all of them."""
+    sampler = UnigramSampler(np.ones(12, np.int64), 0.0)
+    plan = pair_plan(random_lists(1), kind="every_item", mask=mask, gather=True, sampler=sampler, num_sampled=9)
+    start, stop = 7, 40
+    whole = plan.batch(start, stop)
+    parts = [plan.batch(start, stop, rank, num_workers) for rank in range(num_workers)]
+    assert np.concatenate([part.item for part in parts]).tolist() == whole.item.tolist()
+    own = owned(whole, mask)
+    for rank, part in enumerate(parts):
+        mine = range(part.first, part.first + len(part))
+        assert part.positives.tolist() == part.step_items.tolist() == whole.item.tolist()
+        assert part.sampled.tolist() == whole.sampled.tolist()
+        assert part.seed == whole.seed
+        assert part.sizes == tuple(len(other) for other in parts)
+        assert part.first == sum(part.sizes[:rank])
+        places = {divmod(place, stop - start) for place in part.hits(part.positives).tolist()}
+        assert places == brute_hits(whole.item.tolist(), [own[k] for k in mine])
+        queries = part.query_hits()
+        assert queries.tolist() == sorted(queries.tolist())
+        assert {divmod(place, stop - start) for place in queries.tolist()} == {
+            (i, k) for i, item in enumerate(part.item.tolist()) for k in range(stop - start) if item in own[k]
+        }
+
+
+def test_workers_of_their_own_share_what_is_sampled_alone() -> None:
+    sampler = UnigramSampler(np.ones(12, np.int64), 0.0)
+    plan = pair_plan(random_lists(1), kind="every_item", sampler=sampler, num_sampled=9)
+    first, second = (plan.batch(0, 30, rank, 2) for rank in (0, 1))
+    assert first.sampled.tolist() == second.sampled.tolist() != plan.batch(30, 60).sampled.tolist()
+    for part in (first, second):
+        assert part.positives.tolist() == part.item.tolist()
+        assert (part.first, part.sizes) == (0, (15,))
+        assert part.step_items.tolist() == [*first.item, *second.item]
 
 
 def test_hits_of_many_equal_items_grow_beyond_the_first_guess() -> None:
     items = np.zeros(100, np.int64)
     hits = session_hits(items, items, np.arange(100), np.arange(1, 101))
-    assert len(hits) == 100 * 99
-    assert {divmod(place, 100) for place in hits.tolist()} == brute_hits([0] * 100, [[0]] * 100)
+    assert sorted(hits.tolist()) == list(range(100 * 100))
 
 
 def test_ids_are_dropped_at_random_alike_for_any_number_of_workers() -> None:
@@ -230,8 +274,7 @@ def test_ids_are_dropped_at_random_alike_for_any_number_of_workers() -> None:
     plan = pair_plan(lists, id_dropout=0.25)
     dropped = whole(plan).without_id
     assert 0.2 < dropped.mean() < 0.3
-    assert np.concatenate([plan.batch(0, 1000).without_id, plan.batch(1000, plan.size).without_id]).tolist() == (
-        dropped.tolist()
-    )
+    shares = [plan.batch(0, plan.size, rank, 3).without_id for rank in range(3)]
+    assert np.concatenate(shares).tolist() == dropped.tolist()
     assert pair_plan(lists, id_dropout=0.25, numbers=(3, 2, 4)).without_id.tolist() != plan.without_id.tolist()
     assert not whole(pair_plan(lists)).without_id.any()

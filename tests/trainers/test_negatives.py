@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.negatives import UnigramSampler, keep_probability, log_frequency, unigram_probability
+from trainers.negatives import (
+    StreamingFrequency,
+    UnigramSampler,
+    frequency,
+    keep_probability,
+    unigram_probability,
+)
 
 COUNTS = np.array([1000, 0, 300, 100, 30, 10, 3, 1, 0])
 
@@ -59,11 +65,61 @@ def test_draws_of_neighbouring_seeds_are_not_related() -> None:
         assert same == pytest.approx(1 / 64, abs=5 * np.sqrt(1 / 64 / 20_000))
 
 
-def test_log_frequency_is_the_log_of_the_share() -> None:
-    found = log_frequency(np.array([6, 0, 4]))
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, np.log([0.6, 0.05, 0.4]), rtol=1e-6)
-    assert np.isfinite(log_frequency(np.zeros(3, np.int64))).all()
+def test_frequency_is_the_share_of_all_events() -> None:
+    np.testing.assert_allclose(frequency(np.array([6, 0, 4])), [0.6, 0.05, 0.4])
+    assert (frequency(np.zeros(3, np.int64)) > 0).all()
+
+
+def drawn(popularity: np.ndarray, num: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).choice(len(popularity), size=num, p=popularity)
+
+
+ZIPF = (1.0 / np.arange(1, 201)) / (1.0 / np.arange(1, 201)).sum()
+
+
+def test_streaming_frequency_estimates_the_share() -> None:
+    stream = StreamingFrequency(1 << 14)
+    for part in np.array_split(drawn(ZIPF, 100_000, 0), 50):
+        stream.update(part)
+    ratio = stream.share(np.arange(200)) / ZIPF
+    assert np.median(ratio) == pytest.approx(1.0, abs=0.05)
+    assert ratio.std() < 0.12  # gaps vary by their mean; a hundred of them are averaged
+
+
+def test_streaming_frequency_of_rare_items_is_not_their_first_gap() -> None:
+    stream = StreamingFrequency(1 << 14)
+    stream.update(np.concatenate([[7], np.arange(100, 1000), [7], np.arange(1000, 1999), [7]]))
+    assert stream.share(np.array([7]))[0] == pytest.approx(3 / 1902, rel=1e-9)
+    assert stream.share(np.array([5000]))[0] == pytest.approx(0.5 / 1903, rel=1e-9)  # not met yet: half an event
+
+
+def test_streaming_frequency_follows_a_drift() -> None:
+    stream = StreamingFrequency(1 << 14)
+    stream.update(drawn(ZIPF, 50_000, 1))
+    stream.update(drawn(ZIPF[::-1], 50_000, 2))
+    assert stream.share(np.array([199]))[0] == pytest.approx(ZIPF[0], rel=0.5)
+    assert stream.share(np.array([0]))[0] < ZIPF[0] / 5
+
+
+def test_streaming_frequency_with_shared_slots_takes_the_larger_gap() -> None:
+    small, large = StreamingFrequency(150), StreamingFrequency(1 << 14)
+    items = drawn(ZIPF, 50_000, 3)
+    small.update(items)
+    large.update(items)
+    ratio = small.share(np.arange(200)) / large.share(np.arange(200))
+    assert (ratio > 0.6).all()  # what others share a slot with looks more frequent, never less
+    assert np.median(ratio) < 2.0
+
+
+def test_streaming_frequency_does_not_depend_on_the_batches_and_survives_a_checkpoint() -> None:
+    items = drawn(ZIPF, 3000, 4)
+    whole, parts = StreamingFrequency(64), StreamingFrequency(64)
+    whole.update(items)
+    parts.update(items[:1234])
+    again = StreamingFrequency(64)
+    again.load_state_dict(parts.state_dict())
+    again.update(items[1234:])
+    assert np.array_equal(again.share(np.arange(200)), whole.share(np.arange(200)))
 
 
 def test_keep_probability_is_word2vecs() -> None:
