@@ -171,10 +171,19 @@ def _evaluate(args: Arguments) -> int:
     if args.json:
         print(json.dumps(report))
         return 0
-    names = [name for name in report["results"][0] if name not in ("what", "search")]
-    rows = [[r["what"], r["search"], *[f"{r[name]:.4f}" for name in names]] for r in report["results"]]
+    results = report["results"]
+    names = [name for name in results[0] if name not in ("what", "search", "by_frequency")]
+    rows = [[r["what"], r["search"], *[f"{r[name]:.4f}" for name in names]] for r in results]
     print(f"{report['num_cases']:,} cases of {report['cases']}")
     print(table(("", "search", *names), rows))
+    recalls = [name for name in names if name.startswith("recall@")]
+    rows = [
+        [r["what"], r["search"], seen, f"{part['items']:,}", *[f"{part[name]:.4f}" for name in recalls]]
+        for r in results
+        for seen, part in r["by_frequency"].items()
+    ]
+    print("\nby the training interactions of the items that should be found")
+    print(table(("", "search", "interactions", "items", *recalls), rows))
     return 0
 
 

@@ -53,10 +53,16 @@ class DataSettings:
     )
     mask_seen: bool = setting(True, "evaluation leaves out what the history holds, as `exclude_seen` does when serving")
     query_features: tuple[str, ...] = setting(
-        (), "categorical columns of a session for the query tower", kind="two_tower"
+        (),
+        "columns of a session for the query tower: integers and strings are categories, lists of these are pooled, "
+        "floats are standardised numbers, fixed_size_lists of floats are vectors",
+        kind="two_tower",
     )
     item_features: str = setting(
-        "", "Parquet side table of items: column `item` plus categorical columns", kind="two_tower"
+        "",
+        "Parquet side table of items: column `item` plus feature columns, as in query_features (vectors also as lists "
+        "of one length). Items that no session has are candidates too",
+        kind="two_tower",
     )
     holdout: Literal["none", "items", "last_item", "sessions", "last_sessions"] = setting(
         "none",
@@ -100,6 +106,22 @@ class ModelSettings:
     )
     query: tuple[str, ...] = setting(
         ("history",), "what the query tower sees, of user, history, last_item", kind="two_tower"
+    )
+    history_encoder: Literal["recency", "mean", "last", "attention", "gru"] = setting(
+        "recency",
+        "how the history becomes one vector: mean weighted by history_decay, plain mean, last item, attention (which "
+        "begins as the weighted mean), GRU",
+        kind="two_tower",
+    )
+    list_pooling: Literal["mean", "sum"] = setting(
+        "mean", "how the embeddings of a list feature become one", kind="two_tower"
+    )
+    id_dropout: float = setting(
+        0.0,
+        "share of the examples whose item is seen by its features alone, so that new items are placed by theirs",
+        low=0.0,
+        high=1.0,
+        kind="two_tower",
     )
     share_items: bool = setting(True, "history and candidates share one item table", kind="two_tower")
     hidden: tuple[int, ...] = setting(

@@ -28,9 +28,10 @@ from cluster.errors import ArtifactError, LaunchError, SettingError
 from embedding_service.artifact import Artifact
 from embedding_service.http_api import HttpApi
 from embedding_service.http_ports import check_port, high_throughput_environment
-from embedding_service.http_schema import Catalogue, Limits
+from embedding_service.http_schema import Catalogue, FeatureType, Limits
 from embedding_service.keys import Vocabulary
 from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
+from embedding_service.towers import TowerInput
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -88,19 +89,26 @@ def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1)
 
     index = manifest["indexes"][RECOMMEND]
     items = key_map(index["vectors"])
-    single = {
-        block.source: key_map(block.vectors)
-        for block in artifact.query_tower().spec.inputs
-        if block.source not in ("history", "last_item")
+    inputs = {block.source: block for block in artifact.query_tower().spec.inputs}
+    users = key_map(inputs["user"].vectors) if "user" in inputs else None
+
+    def feature_type(block: TowerInput) -> FeatureType:
+        if block.encoder == "project":
+            return FeatureType(width=block.width)
+        return FeatureType(key_map(block.vectors).key_type, is_list=block.encoder in ("mean", "sum"))
+
+    features = {
+        name: feature_type(block)
+        for name, block in sorted(inputs.items())
+        if name not in ("history", "last_item", "user")
     }
-    users = single.pop("user", None)
     catalogue = Catalogue(
         version=artifact.version,
         num_items=len(items.keys),
         dim=index["dim"],
         key_type=items.key_type,
         user_type=None if users is None else users.key_type,
-        features={name: keys.key_type for name, keys in sorted(single.items())},
+        features=features,
         details={"model": _model_kind(manifest["lineage"]), "figures": manifest["figures"]},
     )
     api = HttpApi(Retriever(artifact, threads=threads), catalogue, items, users, limits=limits, threads=max(2, threads))

@@ -42,7 +42,7 @@ class Retrieval(Protocol):
         k: int = ...,
         *,
         users: Sequence[Key | None] | None = ...,
-        features: Mapping[str, Sequence[Key | None]] | None = ...,
+        features: Mapping[str, Sequence[Any]] | None = ...,
         exclude_seen: bool = ...,
     ) -> Results: ...
 
@@ -232,7 +232,7 @@ class Queries:
         sessions: Sequence[Sequence[Key]],
         k: int,
         users: Sequence[Key | None] | None,
-        features: Mapping[str, Sequence[Key | None]],
+        features: Mapping[str, Sequence[Any]],
         exclude_seen: bool,
     ) -> list[dict[str, Any]]:
         results = self._retriever.recommend(

@@ -31,11 +31,20 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class FeatureType:
+    """What a client gives of a feature: a key of `key_type`, with `is_list` a list of them, or `width` numbers."""
+
+    key_type: KeyType | None = None
+    is_list: bool = False
+    width: int = 0
+
+
+@dataclass(frozen=True)
 class Catalogue:
     """What a client may ask of an artifact.
 
     `dim` is the length of the vectors that `search` takes. `user_type` is None where the query tower sees no user;
-    `features` are the names and key types of its further inputs. `details` is passed on by the version endpoint.
+    `features` are the names and types of its further inputs. `details` is passed on by the version endpoint.
     """
 
     version: str
@@ -43,7 +52,7 @@ class Catalogue:
     dim: int
     key_type: KeyType
     user_type: KeyType | None = None
-    features: Mapping[str, KeyType] = field(default_factory=dict)
+    features: Mapping[str, FeatureType] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -137,10 +146,7 @@ class RequestModels:
         options: dict[str, Any] = {
             "k": (Annotated[int, Field(ge=1, le=limits.max_k, description="how many items")], 10)
         }
-        vector = Annotated[
-            list[Annotated[float, Field(allow_inf_nan=False)]],
-            Field(min_length=catalogue.dim, max_length=catalogue.dim, fail_fast=True),
-        ]
+        vector = _vector(catalogue.dim)
         self.similar = _Pair(
             _model("Similar", key=(key, ...), **options),
             _model("SimilarBatchRequest", keys=(self._batch(key), ...), **options),
@@ -161,7 +167,7 @@ class RequestModels:
             one["user"] = (user, None)
             many["users"] = (self._batch(user), Field(None, description="a user, or null, per session"))
         if catalogue.features:
-            entries = {name: _key(type_) | None for name, type_ in catalogue.features.items()}
+            entries = {name: _feature(type_, limits) | None for name, type_ in catalogue.features.items()}
             features = _model("Features", **{name: (entry, None) for name, entry in entries.items()})
             columns = {name: (self._batch(entry), Field(None)) for name, entry in entries.items()}
             one["features"] = (features | None, None)
@@ -220,6 +226,20 @@ def _key(key_type: KeyType) -> Any:
     if key_type == "string":
         return str
     return Annotated[int, Field(ge=-(2**63), le=2**63 - 1, json_schema_extra={"format": "int64"})]
+
+
+def _feature(asked: FeatureType, limits: Limits) -> Any:
+    if asked.key_type is None:
+        number = Annotated[float, Field(allow_inf_nan=False)]
+        return number if asked.width == 1 else _vector(asked.width)
+    if not asked.is_list:
+        return _key(asked.key_type)
+    return Annotated[list[_key(asked.key_type)], Field(max_length=limits.max_session, fail_fast=True)]  # type: ignore[misc]
+
+
+def _vector(width: int) -> Any:
+    number = Annotated[float, Field(allow_inf_nan=False)]
+    return Annotated[list[number], Field(min_length=width, max_length=width, fail_fast=True)]
 
 
 def _check_names(document: dict[str, Any], model: type[BaseModel], path: str = "") -> None:

@@ -36,6 +36,7 @@ class Vocabulary:
     `dropped`      how many occurrences of rarer keys that data had besides
     `unknown`      "row": every other key has the one row n, the last; "skip": it has none, which lookups write as -1
     `num_rows`     n, and one more for the unknown row
+    `num_seen`     how many keys, the first ones, occur at all; the others were added by `with_unseen`
     `fingerprint`  equal for equal vocabularies, different for different ones, stable across machines
 
     Lookups go through an open-addressing table over the keys' stable hash, 12 to 24 bytes per key, built here in one
@@ -64,6 +65,7 @@ class Vocabulary:
         self.unknown: Literal["skip", "row"] = unknown
         self.key_type: KeyType = "int64" if self.keys.type == pa.int64() else "string"
         self.num_rows = len(self.keys) + (unknown == "row")
+        self.num_seen = int(np.count_nonzero(self.counts))
         self._unknown_row = len(self.keys) if unknown == "row" else -1
         if self.keys.null_count:
             raise DataError("a vocabulary has no null keys")
@@ -119,6 +121,21 @@ class Vocabulary:
         order = pc.sort_indices(table, sort_keys=[("counts", "descending"), ("keys", "ascending")])
         counts = counts[order.to_numpy()]
         return cls(keys.take(order), counts, unknown=unknown, dropped=total - int(counts.sum()))
+
+    def with_unseen(self, keys: pa.Array) -> Vocabulary:
+        """This vocabulary and, behind its keys and with count 0, those of `keys` that it does not have, ascending.
+
+        Raises DataError for keys of another type.
+        """
+        added = pc.unique(key_array(keys).filter(pa.array(~self._has(keys))))
+        added = added.take(pc.sort_indices(added))
+        counts = np.append(self.counts, np.zeros(len(added), np.int64))
+        return Vocabulary(pa.concat_arrays([self.keys, added]), counts, unknown=self.unknown, dropped=self.dropped)
+
+    def _has(self, keys: pa.Array) -> npt.NDArray[np.bool_]:
+        rows = self.rows(keys)
+        has: npt.NDArray[np.bool_] = (rows >= 0) & (rows < len(self.keys))
+        return has
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -147,19 +148,28 @@ def tower_spec(manifest: Manifest, where: str) -> TowerSpec:
     assert manifest.query_tower is not None
     spec = TowerSpec.from_dict(manifest.query_tower.spec)
     widths = (spec.dim, *spec.hidden, *(block.dim for block in spec.inputs))
+    widths += tuple(block.width for block in spec.inputs if block.encoder == "project")
+    widths += tuple(block.length for block in spec.inputs if block.encoder in ("attention", "gru"))
     if not spec.inputs or not all(isinstance(width, int) and 1 <= width <= 2**16 for width in widths):
         raise ArtifactError(f"{where}: query_tower: widths {widths} are not all in 1..65536")
     return spec
 
 
 def _check_tower_input(manifest: Manifest, block: TowerInput, where: str) -> None:
+    def refuse(problem: str) -> None:
+        raise ArtifactError(f"{where}: query_tower: input {block.name!r} {problem}")
+
+    fitting = ("pool", "attention", "gru") if block.source == "history" else ("pool", "mean", "sum", "project")
+    if block.encoder not in fitting:
+        refuse(f"has encoder {block.encoder!r}, which does not fit {block.source!r}")
+    if not all(isinstance(value, (int, float)) and abs(value) < math.inf for value in (block.center, block.scale)):
+        refuse(f"is standardised by {block.center!r} and {block.scale!r}, which are not both finite numbers")
+    if not isinstance(block.decay, (int, float)) or not 0.0 <= block.decay <= 1.0:
+        refuse(f"has decay {block.decay!r}, not in 0..1")
+    if block.encoder == "project":
+        return
     vectors = manifest.vectors.get(block.vectors)
     if vectors is None:
-        raise ArtifactError(f"{where}: query_tower: input {block.name!r} needs a vector set {block.vectors!r}")
-    if vectors.dim != block.dim:
-        raise ArtifactError(
-            f"{where}: query_tower: input {block.name!r} has width {block.dim}, "
-            f"but vector set {block.vectors!r} has {vectors.dim}"
-        )
-    if not isinstance(block.decay, (int, float)) or not 0.0 <= block.decay <= 1.0:
-        raise ArtifactError(f"{where}: query_tower: input {block.name!r} has decay {block.decay!r}, not in 0..1")
+        refuse(f"needs a vector set {block.vectors!r}")
+    elif vectors.dim != block.dim:
+        refuse(f"has width {block.dim}, but vector set {block.vectors!r} has {vectors.dim}")

@@ -120,8 +120,10 @@ def offsets_of(lengths: npt.NDArray[np.integer[Any]]) -> Offsets:
     return offsets
 
 
-def take_values(values: pa.Array | npt.NDArray[Any], index: npt.NDArray[np.integer[Any]]) -> Any:
-    """`values[index]`, Arrow or numpy; int64 without nulls goes through numpy, which is the faster."""
+def take_values(values: pa.Array | npt.NDArray[Any] | Ragged, index: npt.NDArray[np.integer[Any]]) -> Any:
+    """`values[index]`, Arrow, numpy or lists; int64 without nulls goes through numpy, which is the faster."""
+    if isinstance(values, Ragged):
+        return values.take(index)
     if not isinstance(values, pa.Array):
         return values[index]
     if values.type == pa.int64() and not values.null_count:

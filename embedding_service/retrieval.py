@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,8 @@ from embedding_service.artifact import Artifact
 from embedding_service.candidates import Candidates, first_unseen, num_fetched
 from embedding_service.exact import Float32, Int64, unit_length
 from embedding_service.keys import Key, Vocabulary
-from embedding_service.ragged import Ragged, offsets_of
-from embedding_service.towers import InputRows, Tower, input_rows
+from embedding_service.ragged import Ragged, offsets_of, take_values
+from embedding_service.towers import Given, InputRows, Sequences, Tower, input_rows, missing, says
 from embedding_service.vectors import VectorSet
 
 RECOMMEND, SIMILAR = "recommend", "similar"  # the names of the two indexes
@@ -107,13 +108,14 @@ class Retriever:
         k: int = 10,
         *,
         users: Sequence[Key | None] | None = None,
-        features: Mapping[str, Sequence[Key | None]] | None = None,
+        features: Mapping[str, Sequence[Any]] | None = None,
         exclude_seen: bool = True,
     ) -> Results:
         """What comes next in each session (item keys, oldest first; unknown ones are passed over).
 
-        `users` and `features` [n] may be given only where the query tower looks at them; None is unknown. A query of
-        which nothing is known is answered with the most frequent items. `exclude_seen` leaves out the session's items.
+        `users` and `features` [n] may be given only where the query tower looks at them: a key, a list of keys, a
+        number or a list of `width` numbers for each session; None is unknown. A query of which nothing is known is
+        answered with the most frequent items. `exclude_seen` leaves out the session's items.
         """
         _, catalogue = self._part(RECOMMEND)
         encoder = self._required_encoder()
@@ -126,10 +128,9 @@ class Retriever:
         scores, rows, cold = self._recommend(history, single, k, history if exclude_seen else None)
         return self._results(catalogue, scores, rows, cold)
 
-    def encode_rows(self, history: Ragged, users: Int64 | None, features: Mapping[str, Int64]) -> Float32:
-        """Query vectors float32 [n, dim] of n histories of item rows (oldest first), users and features [n] by row.
-
-        -1 is unknown everywhere. `users` None: all unknown.
+    def encode_rows(self, history: Ragged, users: Int64 | None, features: Mapping[str, Given]) -> Float32:
+        """Query vectors float32 [n, dim] of n histories of item rows (oldest first), users [n] by row and features as
+        `towers.Given`. -1 is unknown everywhere. `users` None: all unknown.
         """
         encoder = self._required_encoder()
         return encoder.encode(history, encoder.checked_single({**features, "user": users}, len(history)))
@@ -137,8 +138,8 @@ class Retriever:
     def recommend_rows(
         self,
         history: Ragged,
-        users: Int64 | None,
-        features: Mapping[str, Int64],
+        users: Given | None,
+        features: Mapping[str, Given],
         k: int,
         exclude: Ragged | None,
     ) -> tuple[Float32, Int64]:
@@ -150,7 +151,7 @@ class Retriever:
         return scores, rows
 
     def _recommend(
-        self, history: Ragged, single: dict[str, Int64], k: int, exclude: Ragged | None
+        self, history: Ragged, single: dict[str, Given], k: int, exclude: Ragged | None
     ) -> tuple[Float32, Int64, npt.NDArray[np.bool_]]:
         candidates, catalogue = self._part(RECOMMEND)
         encoder = self._required_encoder()
@@ -161,7 +162,9 @@ class Retriever:
         scores, rows = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
         warm, cold_members = np.flatnonzero(~cold), np.flatnonzero(cold)
         if len(warm):
-            queries = encoder.encode(history.take(warm), {name: value[warm] for name, value in single.items()})
+            queries = encoder.encode(
+                history.take(warm), {name: take_values(value, warm) for name, value in single.items()}
+            )
             seen = None if exclude is None else exclude.take(warm)
             scores[warm], rows[warm] = candidates.search_unseen(queries, k, seen)
         seen = history.take(cold_members).tail(0) if exclude is None else exclude.take(cold_members)
@@ -210,75 +213,115 @@ class Retriever:
 class QueryEncoder:
     """The query tower over the artifact's vector sets: rows in, query vectors out.
 
-    A tower without hidden layers is computed here in numpy, which spares a short session most of its time; the tests
-    hold it against `Tower`. With hidden layers `Tower` itself runs, in float64, so that rounding to float32 gives the
-    same vector in any batch.
+    A tower without weights is computed here in numpy, which spares a short session most of its time; the tests hold it
+    against `Tower`. With weights `Tower` itself runs, in float64, so that rounding to float32 gives the same vector in
+    any batch.
     """
 
     def __init__(self, artifact: Artifact) -> None:
         tower = artifact.query_tower()
         self.spec = tower.spec
         self.dim = tower.spec.dim
-        self.key_maps = {
-            block.source: str(artifact.manifest["vectors"][block.vectors]["keys"]) for block in tower.spec.inputs
-        }
+        looked_up = [block for block in tower.spec.inputs if block.encoder != "project"]
+        self.key_maps = {block.source: str(artifact.manifest["vectors"][block.vectors]["keys"]) for block in looked_up}
         self._keys = {source: artifact.keys(name) for source, name in self.key_maps.items()}
-        self._vectors = {block.vectors: artifact.vectors(block.vectors) for block in tower.spec.inputs}
-        self._tower: Tower | None = tower.double() if tower.spec.hidden else None
-        self._sees_session = any(source in _FROM_SESSION for source in self.key_maps)
-        self._single = [source for source in self.key_maps if source not in _FROM_SESSION]
+        self._vectors = {block.vectors: artifact.vectors(block.vectors) for block in looked_up}
+        self._tower: Tower | None = tower.double() if any(True for _ in tower.parameters()) else None
+        self._single = {block.source: block for block in tower.spec.inputs if block.source not in _FROM_SESSION}
+        session = [self._keys[source] for source in self.key_maps if source in _FROM_SESSION]
+        self._sees_session = bool(session)
+        self._num_items = min((len(keys.keys) for keys in session), default=0)
+        self._num_trained = min((keys.num_seen for keys in session), default=0)
 
-    def rows_of_single(self, given: Mapping[str, Sequence[Key | None]], num: int) -> dict[str, Int64]:
-        """Rows int64 [num] of the user and feature keys that a request gives. Raises DataError for others."""
-        for source, keys in given.items():
+    def rows_of_single(self, given: Mapping[str, Sequence[Any]], num: int) -> dict[str, Given]:
+        """The values [num] of the user and the features that a request gives. Raises DataError for others."""
+        for source, values in given.items():
             if source not in self._single:
                 raise DataError(f"this model's queries have no {source!r}; they have: {self._known_sources()}")
-            if len(keys) != num:
-                raise DataError(f"{len(keys)} values of {source!r} were given for {num} sessions")
-        return self.checked_single({source: self._keys[source].rows(keys) for source, keys in given.items()}, num)
+            if len(values) != num:
+                raise DataError(f"{len(values)} values of {source!r} were given for {num} sessions")
+        return self.checked_single({source: self._values(source, values) for source, values in given.items()}, num)
 
-    def checked_single(self, given: Mapping[str, Int64 | None], num: int) -> dict[str, Int64]:
-        """The rows [num] of all sources besides the session; those not given are unknown."""
-        missing = np.full(num, -1, np.int64)
-        found: dict[str, Int64] = {}
-        for source in self._single:
-            rows = given.get(source)
-            found[source] = missing if rows is None else rows
+    def checked_single(self, given: Mapping[str, Given | None], num: int) -> dict[str, Given]:
+        """The values [num] of all sources besides the session; those not given are unknown."""
+        found: dict[str, Given] = {}
+        for source, block in self._single.items():
+            values = given.get(source)
+            found[source] = missing(block, num) if values is None else values
         return found
 
-    def knows(self, history: Ragged, single: Mapping[str, Int64]) -> npt.NDArray[np.bool_]:
-        """bool [n]: whether anything in the query has a key of its own."""
+    def knows(self, history: Ragged, single: Mapping[str, Given]) -> npt.NDArray[np.bool_]:
+        """bool [n]: whether anything in the query is a number, or has a key of its own that training has seen."""
         known = np.zeros(len(history), np.bool_)
-        for source, rows in single.items():
-            known |= (rows >= 0) & (rows < len(self._keys[source].keys))
+        for source, values in single.items():
+            known |= says(values, len(self._keys[source].keys) if source in self._keys else None)
         if self._sees_session:
-            num_items = min(len(self._keys[source].keys) for source in self.key_maps if source in _FROM_SESSION)
-            if len(history.values) and history.values.min() >= 0 and history.values.max() < num_items:
+            if history.values.min(initial=0) >= 0 and history.values.max(initial=-1) < self._num_trained:
                 known |= history.lengths > 0
             else:
-                known[history.owners()[(history.values >= 0) & (history.values < num_items)]] = True
+                known |= says(history, self._num_trained)
         return known
 
-    def encode(self, history: Ragged, single: Mapping[str, Int64]) -> Float32:
-        """Query vectors float32 [n, dim]; -1 rows are passed over."""
-        if history.values.min(initial=0) < 0:
-            history = history.keep(history.values >= 0)
+    def encode(self, history: Ragged, single: Mapping[str, Given]) -> Float32:
+        """Query vectors float32 [n, dim]; -1 rows, and items that training has not seen, are passed over."""
+        rows = history.values
+        if rows.min(initial=0) < 0 or rows.max(initial=-1) >= self._num_trained:
+            history = history.keep(((rows >= 0) & (rows < self._num_trained)) | (rows >= self._num_items))
         looked_up = input_rows(self.spec, history=history, single=single)
-        blocks = {name: _pooled(self._vectors[rows.vectors], rows) for name, rows in looked_up.items()}
         if self._tower is not None:
             with torch.inference_mode():
-                encoded = self._tower({name: torch.from_numpy(block).double() for name, block in blocks.items()})
-            out: Float32 = encoded.float().numpy()
+                blocks = {name: self._block(found) for name, found in looked_up.items()}
+                out: Float32 = self._tower(blocks).float().numpy()
             return out
-        out = functools.reduce(np.add, blocks.values())
-        return unit_length(out) if self.spec.normalize else out
+        pooled = [_pooled(self._vectors[found.vectors], found) for found in looked_up.values()]  # type: ignore[union-attr, arg-type]
+        summed = functools.reduce(np.add, pooled)
+        return unit_length(summed) if self.spec.normalize else summed
+
+    def _block(self, found: InputRows | np.ndarray) -> torch.Tensor | Sequences:
+        """float64, as `Tower` takes it."""
+        if isinstance(found, np.ndarray):
+            return torch.from_numpy(found).double()
+        vectors = self._vectors[found.vectors]
+        if found.weights is not None:
+            return torch.from_numpy(_pooled(vectors, found)).double()
+        rows = torch.from_numpy(vectors.take(found.rows)).double()
+        return Sequences(rows, torch.from_numpy(np.ascontiguousarray(found.offsets)))
+
+    def _values(self, source: str, values: Sequence[Any]) -> Given:
+        """What a request says of one source, as the tower takes it."""
+        block = self._single[source]
+        if block.encoder == "project":
+            return _numbers(source, values, block.width)
+        if block.encoder not in ("mean", "sum"):
+            return self._keys[source].rows(values)
+        lists = [one if one is not None else () for one in values]
+        if any(isinstance(one, (str, bytes)) or not isinstance(one, Sequence) for one in lists):
+            raise DataError(f"{source!r} takes a list of keys, or None, for each session")
+        flat = [key for one in lists for key in one]
+        rows = self._keys[source].rows(flat) if flat else np.empty(0, np.int64)
+        return Ragged(rows, offsets_of(np.array([len(one) for one in lists], np.int64))).keep(rows >= 0)
 
     def _known_sources(self) -> str:
-        return ", ".join(["sessions"] * self._sees_session + self._single)
+        return ", ".join(["sessions"] * self._sees_session + list(self._single))
+
+
+def _numbers(source: str, values: Sequence[Any], width: int) -> npt.NDArray[np.float64]:
+    """float64 [n, width]; nan for None. Raises DataError."""
+    unknown = [np.nan] * width
+    listed = [unknown if one is None else [one] if width == 1 and np.ndim(one) == 0 else one for one in values]
+    try:
+        found = np.array(listed, np.float64).reshape(len(listed), -1)
+    except (TypeError, ValueError):
+        found = np.empty((len(listed), 0))
+    if found.shape[1] != width or np.isinf(found).any():
+        what = "a finite number" if width == 1 else f"{width} finite numbers"
+        raise DataError(f"{source!r} takes {what}, or None, for each session")
+    return found
 
 
 def _pooled(vectors: VectorSet, lookup: InputRows) -> Float32:
     """`towers.pool` in numpy: weighted sums of the looked-up rows, float32 [n, dim]; an empty list gives zeros."""
+    assert lookup.weights is not None
     out = np.empty((len(lookup.offsets) - 1, vectors.dim), np.float32)
     kernels.pool(vectors.take(lookup.rows), lookup.offsets, lookup.weights, out)
     return out

@@ -9,26 +9,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 
 from cluster.errors import ArtifactError
 from embedding_service.ragged import Ragged, offsets_of
 
+Encoder = Literal["pool", "mean", "sum", "attention", "gru", "project"]
+Given = np.ndarray | Ragged  # int64 [n] rows (-1: unknown), n lists of int64 rows, or float [n, width] (nan: missing)
+
 
 @dataclass(frozen=True)
 class TowerInput:
-    """One block of a tower's input: rows of the vector set `vectors`, pooled to one vector per example.
+    """One input of a tower: what is looked up or given, and the encoder that makes one vector per example of it.
 
     `source` says which ids are looked up: `user`, `history`, `last_item` (the history's last), `item` (a candidate) or
-    the name of a feature column. `decay` is the weight of a history item per step into the past (1: plain mean); only
-    the last `length` items of a history are seen (0: all).
+    the name of a feature column. They are rows of the vector set `vectors`; numbers have none ("").
+
+    encoder `pool`: the row of the one id, or a history's rows weighted by `decay` per step into the past (1: plain
+    mean); `mean`, `sum`: of the rows of a list; `attention`, `gru`: over a history's rows, see `HistoryAttention` and
+    `HistoryGru`; `project`: a learned projection of `width` numbers, standardised as (x - center) * scale. Only the
+    last `length` items of a history are seen (0: all).
     """
 
     name: str
@@ -37,14 +46,18 @@ class TowerInput:
     dim: int
     decay: float = 1.0
     length: int = 0
+    encoder: Encoder = "pool"
+    width: int = 0
+    center: float = 0.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class TowerSpec:
     """What a tower is made of; JSON-able through `to_dict` / `from_dict`.
 
-    Without `hidden` the inputs (all of width `dim`) are summed; with it they are concatenated and go through an MLP
-    with ReLU between its layers. `normalize` gives the output unit length.
+    Without `hidden` the encoded inputs (all of width `dim`) are summed; with it they are concatenated and go through an
+    MLP with ReLU between its layers. `normalize` gives the output unit length.
     """
 
     inputs: tuple[TowerInput, ...]
@@ -65,14 +78,22 @@ class TowerSpec:
             raise ArtifactError(f"query tower: not a tower description ({error})") from None
 
 
+class Sequences(NamedTuple):
+    """n histories as one block: float [m, dim] rows, oldest first, and int64 [n + 1], where each history starts."""
+
+    rows: Tensor
+    offsets: Tensor
+
+
 class Tower(nn.Module):
-    """Blocks of embeddings -> one vector per example."""
+    """Blocks of looked-up embeddings and given numbers -> one vector per example."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
         if not spec.inputs:
             raise ValueError("a tower needs at least one input")
         self.spec = spec
+        self.encoders = nn.ModuleList([_encoder(block) for block in spec.inputs])
         self.mlp: nn.Sequential | None = None
         if spec.hidden:
             widths = [sum(block.dim for block in spec.inputs), *spec.hidden, spec.dim]
@@ -83,9 +104,11 @@ class Tower(nn.Module):
         elif any(block.dim != spec.dim for block in spec.inputs):
             raise ValueError(f"without hidden layers every input must have width {spec.dim}")
 
-    def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """`blocks`: input name -> float32 [n, input.dim]. Returns float32 [n, spec.dim]."""
-        parts = [blocks[block.name] for block in self.spec.inputs]
+    def forward(self, blocks: Mapping[str, Tensor | Sequences]) -> Tensor:
+        """`blocks`: input name -> float [n, input.dim] of pooled rows, Sequences of an `attention` or `gru`, or
+        float [n, input.width] numbers. Returns float [n, spec.dim].
+        """
+        parts = [encode(blocks[block.name]) for encode, block in zip(self.encoders, self.spec.inputs, strict=True)]
         if self.mlp is not None:
             out = self.mlp(torch.cat(parts, dim=1))
         else:
@@ -93,42 +116,178 @@ class Tower(nn.Module):
         return F.normalize(out, dim=1) if self.spec.normalize else out
 
 
+def _encoder(block: TowerInput) -> nn.Module:
+    if block.encoder == "attention":
+        return HistoryAttention(block.dim, block.length, block.decay)
+    if block.encoder == "gru":
+        return HistoryGru(block.dim)
+    if block.encoder == "project":
+        return _Projection(block.width, block.dim)
+    return nn.Identity()  # pooled when it was looked up
+
+
+class HistoryAttention(nn.Module):
+    """One attention whose query is the last item, over learned positions (as the last layer of SASRec, Kang and McAuley
+    2018); its values are the items' embeddings themselves, so that the session stays in the items' space (CORE, Hou et
+    al. 2022):
+
+        sum_j a_j x_j,  a = softmax_j(b_t(j) + (Q x_last + q) . K (x_j + p_t(j)) / sqrt(dim)),  t(j) = steps back
+
+    It begins as the recency-weighted mean: b_t = t log(decay), K = 0. An empty history gives zeros.
+    """
+
+    def __init__(self, dim: int, length: int, decay: float) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.position = nn.Parameter(torch.zeros(length, dim))
+        self.bias = nn.Parameter(torch.arange(length, dtype=torch.float32) * math.log(max(decay, 1e-3)))
+        nn.init.zeros_(self.key.weight)
+
+    def forward(self, history: Sequences) -> Tensor:
+        """history: at most `length` items each. Returns float [n, dim]."""
+        rows, offsets = history
+        lengths = offsets.diff()
+        owner = torch.repeat_interleave(lengths)
+        age = offsets[1:][owner] - 1 - torch.arange(len(rows), device=rows.device)
+        query = self.query(rows[(offsets[1:] - 1)[lengths > 0]])[(lengths > 0).cumsum(0)[owner] - 1]
+        keys = self.key(rows) + self.key(self.position)[age]
+        scores = self.bias[age] + (keys * query).sum(1) * rows.shape[1] ** -0.5
+        weights = _softmax(scores, owner, len(lengths))
+        return rows.new_zeros(len(lengths), rows.shape[1]).index_add(0, owner, weights[:, None] * rows)
+
+
+def _softmax(scores: Tensor, owner: Tensor, num: int) -> Tensor:
+    """The softmax of `scores` [m] among those of one owner (int64 [m], in 0..num - 1)."""
+    highest = scores.new_zeros(num).scatter_reduce(0, owner, scores.detach(), "amax", include_self=False)
+    weights = (scores - highest[owner]).exp()
+    return weights / weights.new_zeros(num).index_add(0, owner, weights)[owner]
+
+
+class HistoryGru(nn.Module):
+    """The last state of a GRU over the history (GRU4Rec, Hidasi et al. 2016), projected into the items' space.
+
+    An empty history gives zeros.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(dim, dim)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, history: Sequences) -> Tensor:
+        """Returns float [n, dim]."""
+        rows, offsets = history
+        lengths = offsets.diff()
+        out = rows.new_zeros(len(lengths), rows.shape[1])
+        if not len(rows):
+            return out + 0.0 * rows.sum()
+        seen = lengths.nonzero().squeeze(1)
+        state: Tensor = self.gru(_packed(rows, lengths[seen]))[1][0]
+        return out.index_add(0, seen, self.out(state))
+
+
+def _packed(rows: Tensor, lengths: Tensor) -> PackedSequence:
+    """Ragged rows [m, dim], in lists of `lengths` [n] (all at least 1), without the padding of `pack_padded_sequence`:
+    the first row of every list, longest list first, then the second of every list that has one...
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    place = order.argsort()
+    owner = torch.repeat_interleave(lengths)
+    starts = lengths.cumsum(0) - lengths
+    step = torch.arange(len(rows), device=rows.device) - starts[owner]
+    by_step = (step * len(lengths) + place[owner]).argsort()
+    return PackedSequence(rows.index_select(0, by_step), torch.bincount(step).cpu(), order, place)
+
+
+class _Projection(nn.Linear):
+    """Standardised numbers in the space of the embeddings, and at first as long as these are."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__(width, dim, bias=False)
+
+    def reset_parameters(self) -> None:
+        bound = (self.in_features * self.out_features) ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+
 @dataclass(frozen=True)
 class InputRows:
-    """What one tower input looks up: weighted, ragged lists of rows of the vector set `vectors`.
+    """What one tower input looks up: ragged lists of rows of the vector set `vectors`.
 
-    rows: int64 [m]; offsets: int64 [n + 1]; weights: float32 [m]. A missing value is an empty list.
+    rows: int64 [m]; offsets: int64 [n + 1]; weights: float32 [m] to pool them with, None where they stay a sequence. A
+    missing value is an empty list.
     """
 
     vectors: str
     rows: np.ndarray
     offsets: np.ndarray
-    weights: np.ndarray
+    weights: np.ndarray | None
 
 
-def input_rows(spec: TowerSpec, *, history: Ragged | None, single: Mapping[str, np.ndarray]) -> dict[str, InputRows]:
-    """What the inputs of `spec` look up for n examples, by input name.
+def input_rows(
+    spec: TowerSpec, *, history: Ragged | None, single: Mapping[str, Given]
+) -> dict[str, InputRows | np.ndarray]:
+    """What the inputs of `spec` look up for n examples, or the float32 [n, width] numbers they are given, by name.
 
-    history: n lists of int64 rows, oldest first (None: the tower sees no history); single: source -> int64 [n] rows, -1
-    where the value is missing or unknown.
+    history: n lists of int64 rows, oldest first (None: the tower sees no history); single: source -> its values.
     """
-    found = {}
+    found: dict[str, InputRows | np.ndarray] = {}
     for block in spec.inputs:
         if block.source == "history":
             assert history is not None
             seen = history.tail(block.length) if block.length else history
-            weights = recency_weights(seen.offsets, block.decay)
+            weights = recency_weights(seen.offsets, block.decay) if block.encoder == "pool" else None
             found[block.name] = InputRows(block.vectors, seen.values, seen.offsets, weights)
             continue
         if block.source == "last_item":
             assert history is not None
-            last = history.tail(1)
-            rows, offsets = last.values, last.offsets
+            found[block.name] = _one_each(block, history.tail(1))
+            continue
+        values = single[block.source]
+        if block.encoder == "project":
+            found[block.name] = _standardised(block, np.asarray(values))
+        elif isinstance(values, Ragged):
+            lengths = values.lengths if block.encoder == "mean" else np.ones(len(values), np.int64)
+            weights = np.repeat(np.float32(1.0) / np.maximum(lengths, 1).astype(np.float32), values.lengths)
+            found[block.name] = InputRows(block.vectors, values.values, values.offsets, weights)
         else:
-            known = single[block.source] >= 0
-            rows, offsets = single[block.source][known], offsets_of(known.astype(np.int64))
-        found[block.name] = InputRows(block.vectors, rows, offsets, np.ones(len(rows), np.float32))
+            known = values >= 0
+            found[block.name] = _one_each(block, Ragged(values[known], offsets_of(known.astype(np.int64))))
     return found
+
+
+def _one_each(block: TowerInput, rows: Ragged) -> InputRows:
+    return InputRows(block.vectors, rows.values, rows.offsets, np.ones(len(rows.values), np.float32))
+
+
+def _standardised(block: TowerInput, values: np.ndarray) -> np.ndarray:
+    """(x - center) * scale, within +-100; a missing number is as the mean: float32 [n, width]."""
+    standard = np.clip((values - block.center) * block.scale, -100.0, 100.0)
+    return np.nan_to_num(standard, nan=0.0).astype(np.float32, copy=False)
+
+
+def missing(block: TowerInput, num: int) -> Given:
+    """The values of `num` examples that say nothing, for an input that is not the history."""
+    if block.encoder == "project":
+        return np.full((num, block.width), np.nan)
+    if block.encoder in ("mean", "sum"):
+        return Ragged(np.empty(0, np.int64), np.zeros(num + 1, np.int64))
+    return np.full(num, -1, np.int64)
+
+
+def says(values: Given, num_keys: int | None = None) -> np.ndarray:
+    """bool [n]: in which examples there is a number, or a row below `num_keys` (None: any)."""
+    if isinstance(values, Ragged):
+        known = np.zeros(len(values), np.bool_)
+        known[values.owners()[says(values.values, num_keys)]] = True
+        return known
+    if values.ndim == 2:
+        return np.asarray(~np.isnan(values).all(axis=1))
+    rows: np.ndarray = np.asarray(values >= 0)
+    if num_keys is not None:
+        rows &= values < num_keys
+    return rows
 
 
 def recency_weights(offsets: np.ndarray, decay: float) -> np.ndarray:

@@ -10,8 +10,10 @@ import numpy as np
 from cluster.config import Config
 from cluster.errors import DataError, SettingError
 from embedding_service.keys import Vocabulary
-from embedding_service.ragged import Ragged
-from trainers.prepare import Prepared
+from embedding_service.ragged import Ragged, take_values
+from embedding_service.towers import Given
+from trainers.features import Feature
+from trainers.prepare import Prepared, query_values
 from trainers.sessions import Columns, SessionBatch, SessionReader
 
 
@@ -20,33 +22,42 @@ class Cases:
     """n queries with their ground truth, as rows.
 
     `history`: what the query sees, n lists, oldest first; `truth`: what it should find, -1 for items outside the
-    vocabulary, which count as missed; `single`: user and features, int64 [n], -1 where unknown.
+    vocabulary, which count as missed; `single`: user and features, as `towers.Given` of n examples.
     """
 
     history: Ragged
     truth: Ragged
-    single: dict[str, np.ndarray]
+    single: dict[str, Given]
 
     def __len__(self) -> int:
         return len(self.history)
 
     def take(self, index: np.ndarray) -> Cases:
-        single = {name: rows[index] for name, rows in self.single.items()}
+        single = {name: take_values(values, index) for name, values in self.single.items()}
         return Cases(self.history.take(index), self.truth.take(index), single)
 
 
 def load_validation(config: Config, prepared: Prepared) -> Cases | None:
     """The run's validation cases, at most `train.validate_cases`; None if it has none."""
     if config.data.valid:
-        return load_cases(config, prepared.keys, config.data.valid, limit=config.train.validate_cases)
+        return load_cases(
+            config, prepared.keys, prepared.query_features, config.data.valid, limit=config.train.validate_cases
+        )
     held_out = prepared.folder / "valid.parquet"
     if not held_out.exists():
         return None
     columns = Columns("items", "user" if config.data.user else "", "history", "", config.data.query_features)
-    return _to_cases(SessionReader(str(held_out), columns), prepared.keys)
+    return _to_cases(SessionReader(str(held_out), columns), prepared.keys, prepared.query_features)
 
 
-def load_cases(config: Config, keys: Mapping[str, Vocabulary], source: str, *, limit: int = 0) -> Cases:
+def load_cases(
+    config: Config,
+    keys: Mapping[str, Vocabulary],
+    features: Mapping[str, Feature],
+    source: str,
+    *,
+    limit: int = 0,
+) -> Cases:
     """The cases of a file: columns `data.history` (or the users' training sessions) and `data.items` (the truth).
 
     limit: at most so many, evenly spread over the file; 0: all. Raises DataError, SettingError.
@@ -57,32 +68,37 @@ def load_cases(config: Config, keys: Mapping[str, Vocabulary], source: str, *, l
         raise SettingError(
             "data.history", "is empty, and so is data.user: cases need a history, or a user to look it up"
         )
-    cases = _to_cases(SessionReader(source, columns, bad_rows=data.bad_rows), keys)
+    cases = _to_cases(SessionReader(source, columns, bad_rows=data.bad_rows), keys, features)
     if limit and len(cases) > limit:
         cases = cases.take(np.linspace(0, len(cases) - 1, limit).astype(np.int64))
     if not data.history:
-        cases = Cases(_training_histories(config, keys, cases.single["user"]), cases.truth, cases.single)
+        users = np.asarray(cases.single["user"])
+        cases = Cases(_training_histories(config, keys, users), cases.truth, cases.single)
     if not len(cases):
         raise DataError("holds no cases", file=source)
     return cases
 
 
-def _to_cases(reader: SessionReader, keys: Mapping[str, Vocabulary]) -> Cases:
+def _to_cases(reader: SessionReader, keys: Mapping[str, Vocabulary], features: Mapping[str, Feature]) -> Cases:
     histories, truths, singles = [], [], []
     for batch in reader.stream():
         rows = keys["item"].rows(batch.items.values)
         limit = len(keys["item"].keys)
         truths.append(batch.items.with_values(np.where(rows < limit, rows, -1)))
         histories.append(_known(batch.history, keys["item"]) if batch.history is not None else _no_lists(len(batch)))
-        singles.append(_single(batch, keys))
+        singles.append(_single(batch, keys, features))
     if not singles:
         raise DataError("holds no cases", file=", ".join(reader.files))
-    single = {name: np.concatenate([part[name] for part in singles]) for name in singles[0]}
+    single = {name: _concat([part[name] for part in singles]) for name in singles[0]}
     return Cases(Ragged.concat(histories), Ragged.concat(truths), single)
 
 
-def _single(batch: SessionBatch, keys: Mapping[str, Vocabulary]) -> dict[str, np.ndarray]:
-    single = {name: keys[f"query_{name}"].rows(values) for name, values in batch.features.items()}
+def _concat(parts: list[Given]) -> Given:
+    return Ragged.concat(parts) if isinstance(parts[0], Ragged) else np.concatenate(parts)  # type: ignore[arg-type]
+
+
+def _single(batch: SessionBatch, keys: Mapping[str, Vocabulary], features: Mapping[str, Feature]) -> dict[str, Given]:
+    single = query_values(batch.features, features, keys)
     if batch.user is not None:
         single["user"] = keys["user"].rows(batch.user)
     return single

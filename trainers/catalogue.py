@@ -12,8 +12,9 @@ import torch.distributed as dist
 from cluster.errors import SettingError
 from cluster.rank import Rank
 from embedding_service.ragged import Ragged
+from embedding_service.towers import says
 from trainers.cases import Cases
-from trainers.metrics import METRICS, query_metrics
+from trainers.metrics import Tally
 from trainers.models import Model
 
 _QUERY_BLOCK = 8192
@@ -36,26 +37,24 @@ def evaluate_model(
     place: Rank,
     mask_seen: bool,
     num_candidates: int = 0,
-) -> dict[str, float]:
+) -> Tally:
     """Every metric @k of a model in training, exact, over all candidates. A collective call: ranks share the cases.
 
     mask_seen: what a history holds is not recommended. num_candidates: the first rows that are candidates; 0: all.
     """
     check_ks(ks, num_candidates or model.num_items)
-    names = [f"{name}@{k}" for k in ks for name in METRICS]
+    tally = Tally(ks, model.counts)
     mine = cases.take(np.arange(place.rank, len(cases), place.world_size))
     num_blocks = math.ceil(len(cases) / (place.world_size * _QUERY_BLOCK))
-    totals = torch.zeros(len(names) + 1, dtype=torch.float64)
     for block in range(num_blocks):
         part = mine.take(np.arange(block * _QUERY_BLOCK, min(len(mine), (block + 1) * _QUERY_BLOCK)))
         seen = part.history if mask_seen else None
         ranked = _rank_catalogue(model, part, max(ks), seen, num_candidates or model.num_items)
         if len(part):
-            values = query_metrics(ranked, part.truth, names)
-            totals[:-1] += torch.tensor([np.nansum(values[name]) for name in names], dtype=torch.float64)
-            totals[-1] += int((~np.isnan(values[names[0]])).sum())
+            tally.add(ranked, part.truth)
+    totals = torch.from_numpy(tally.sums)
     dist.all_reduce(totals)
-    return {name: float(total / totals[-1]) for name, total in zip(names, totals, strict=False)}
+    return tally
 
 
 def _rank_catalogue(model: Model, cases: Cases, k: int, seen: Ragged | None, num_candidates: int) -> np.ndarray:
@@ -70,9 +69,12 @@ def _rank_catalogue(model: Model, cases: Cases, k: int, seen: Ragged | None, num
         order = np.argsort(seen.values, kind="stable")
         masked_item, masked_query = seen.values[order], seen.owners()[order]
     sources = {block.source for block in model.query_tower.spec.inputs}
-    cold = cases.history.lengths == 0 if sources & {"history", "last_item"} else np.ones(len(cases), bool)
+    cold = np.ones(len(cases), bool)
+    if sources & {"history", "last_item"}:
+        trained = cases.history.with_values(np.where(model.counts[cases.history.values] > 0, cases.history.values, -1))
+        cold = ~says(trained)
     for source in sources & cases.single.keys():
-        cold &= cases.single[source] < 0
+        cold &= ~says(cases.single[source])
     frequency = -torch.arange(num_candidates, dtype=query.dtype, device=query.device)  # rows are ordered by it
     best = query.new_full((len(cases), k), -torch.inf)
     rows = torch.full((len(cases), k), -1, dtype=torch.int64, device=query.device)

@@ -92,13 +92,13 @@ def run_demo(folder: str | Path, *, site_packages: bool = False, on_event: Calla
         result = train(config, fresh=True, on_event=on_event)
         artifact = Artifact.open(export_run(config.run, on_event=on_event))
         keys = load_prepared(config.run).keys
-        cases = load_cases(config, keys, config.data.test)
+        cases = load_cases(config, keys, {}, config.data.test)
         if not table:
             found = popularity(keys["item"], cases)
             figures["popularity"] = found
             table.append(("popularity", "", *_cells(found), ""))
         for exact in (True, False):
-            found = evaluate_artifact(artifact, cases, ks=(20,), mask_seen=True, exact=exact)
+            found = evaluate_artifact(artifact, cases, ks=(20,), mask_seen=True, exact=exact).figures()
             search = "exact" if exact else "index"
             seconds = f"{result['seconds']:.0f}"
             table.append((kind, search, *_cells(found), seconds if exact else ""))

@@ -19,28 +19,25 @@ from embedding_service.retrieval import Retriever
 from trainers.cases import Cases, load_cases, load_validation
 from trainers.catalogue import check_ks, evaluate_model
 from trainers.checkpoint import CheckpointStore
-from trainers.metrics import METRICS, query_metrics
+from trainers.features import Feature
+from trainers.metrics import Tally
 from trainers.models import Model, build_model
 from trainers.prepare import Prepared, load_prepared
 
 
-def evaluate_artifact(
-    artifact: Artifact, cases: Cases, *, ks: Sequence[int], mask_seen: bool, exact: bool
-) -> dict[str, float]:
+def evaluate_artifact(artifact: Artifact, cases: Cases, *, ks: Sequence[int], mask_seen: bool, exact: bool) -> Tally:
     """Every metric @k of a served artifact, by exact search or through its index."""
     retriever = Retriever(artifact, exact=exact)
-    names = [f"{name}@{k}" for k in ks for name in METRICS]
-    values: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    tally = Tally(ks, artifact.keys("item").counts)
     for part in _blocks(cases, 2048):
-        features = {name: rows for name, rows in part.single.items() if name != "user"}
+        features = {name: values for name, values in part.single.items() if name != "user"}
         _, ranked = retriever.recommend_rows(
             part.history, part.single.get("user"), features, max(ks), part.history if mask_seen else None
         )
         if ranked.shape[1] < max(ks):
             ranked = np.pad(ranked, ((0, 0), (0, max(ks) - ranked.shape[1])), constant_values=-1)
-        for name, found in query_metrics(ranked, part.truth, names).items():
-            values[name].append(found)
-    return {name: float(np.nanmean(np.concatenate(found))) for name, found in values.items()}
+        tally.add(ranked, part.truth)
+    return tally
 
 
 def _blocks(cases: Cases, size: int) -> Iterator[Cases]:
@@ -55,12 +52,15 @@ def evaluate(
 
     path: a run's folder, or an artifact's. cases: a file of cases, `valid` for the run's validation cases; empty: the
     run's `data.test`. which: `best` or `last` checkpoint. Returns {"path", "cases", "num_cases", "results": [{"what",
-    "search", <metric>: value}]}. Raises LexshardError.
+    "search", <metric>: value, "by_frequency": {"0" | "1-5" | "6-20" | ">20": {"items", "recall@k"}}}]}, the last by the
+    training interactions of the items that should be found; those outside the vocabulary have 0. Raises LexshardError.
     """
     folder = Path(path)
     if (folder / "config.toml").exists():
         config = load_config(folder / "config.toml", [*overrides, f"run={folder}"])
-        keys: Mapping[str, Vocabulary] = load_prepared(folder).keys
+        prepared = load_prepared(folder)
+        keys: Mapping[str, Vocabulary] = prepared.keys
+        features: Mapping[str, Feature] = prepared.query_features
         artifact = Artifact.open(folder / "artifacts") if (folder / "artifacts" / "CURRENT").exists() else None
     elif folder.exists():
         artifact = Artifact.open(folder)
@@ -69,6 +69,7 @@ def evaluate(
             raise ArtifactError(f"{path}: its manifest does not say which columns its data had (lineage.config)")
         config = config_from_dict(lineage["config"])
         keys = {name: artifact.keys(name) for name in artifact.manifest["keys"]}
+        features = {block.source: Feature.of(block) for block in artifact.query_tower().spec.inputs}
     else:
         raise CheckpointError(f"{path}: there is no such run or artifact")
     is_run = (folder / "config.toml").exists()
@@ -77,21 +78,22 @@ def evaluate(
     if not source:
         raise SettingError("data.test", "is empty; name a file of cases with `--cases FILE`, or `--cases valid`")
     check_ks(ks, len(keys["item"].keys))
-    found = _find_cases(config, keys, source)
+    found = _find_cases(config, keys, features, source)
     if is_run:
         settings = {"config": config_to_dict(config), "source": source, "ks": list(ks), "which": which}
         figures = launch(_evaluate_checkpoint, settings, workers=1, engine="inline", storage=str(folder))
         results.append({"what": f"checkpoint {figures.pop('checkpoint')}", "search": "exact", **figures})
     if artifact is not None:
         for exact in (True, False):
-            figures = evaluate_artifact(artifact, found, ks=ks, mask_seen=config.data.mask_seen, exact=exact)
-            results.append({"what": f"artifact {artifact.version}", "search": "exact" if exact else "index", **figures})
+            tally = evaluate_artifact(artifact, found, ks=ks, mask_seen=config.data.mask_seen, exact=exact)
+            what = {"what": f"artifact {artifact.version}", "search": "exact" if exact else "index"}
+            results.append({**what, **tally.figures(), "by_frequency": tally.by_frequency()})
     return {"path": str(path), "cases": source, "num_cases": len(found), "results": results}
 
 
-def _find_cases(config: Config, keys: Mapping[str, Vocabulary], source: str) -> Cases:
+def _find_cases(config: Config, keys: Mapping[str, Vocabulary], features: Mapping[str, Feature], source: str) -> Cases:
     if source != "valid":
-        return load_cases(config, keys, source)
+        return load_cases(config, keys, features, source)
     validation = load_validation(config, load_prepared(config.run))
     if validation is None:
         raise DataError(
@@ -105,15 +107,15 @@ def _evaluate_checkpoint(settings: dict[str, Any]) -> dict[str, Any]:
     place = current_rank(config.cluster.device)
     prepared = load_prepared(config.run)
     model, name = load_trained(config, prepared, place, which=settings["which"])
-    figures: dict[str, Any] = evaluate_model(
+    tally = evaluate_model(
         model,
-        _find_cases(config, prepared.keys, settings["source"]),
+        _find_cases(config, prepared.keys, prepared.query_features, settings["source"]),
         ks=settings["ks"],
         place=place,
         mask_seen=config.data.mask_seen,
         num_candidates=len(prepared.keys["item"].keys),
     )
-    return {"checkpoint": name, **figures}
+    return {"checkpoint": name, **tally.figures(), "by_frequency": tally.by_frequency()}
 
 
 def load_trained(config: Config, prepared: Prepared, place: Rank, *, which: str) -> tuple[Model, str]:

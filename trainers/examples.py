@@ -8,7 +8,8 @@ from typing import Literal
 import numba
 import numpy as np
 
-from embedding_service.ragged import Ragged, offsets_of
+from embedding_service.ragged import Ragged, offsets_of, take_values
+from embedding_service.towers import Given
 from trainers.negatives import UnigramSampler
 from trainers.prepare import Sessions
 
@@ -65,7 +66,8 @@ class PairBatch:
     """n examples of a query and its positive item, and what they share with the N examples of their step's pool.
 
     `item` int64 [n] rows; `history` n lists of rows, oldest first, the positive not among them at its place; `user`
-    int64 [n] and `features` name -> int64 [n], -1 where unknown.
+    int64 [n], -1 where unknown, and `features` name -> values; `without_id` bool [n]: the item is seen by its features
+    alone.
 
     `positives` int64 [N]: the items of the examples whose positives are each other's candidates, those of this worker
     or, gathered, of all (`sizes`: how many of each worker), this batch's from place `first` on; `sampled` int64 [s]:
@@ -76,7 +78,8 @@ class PairBatch:
     item: np.ndarray
     history: Ragged
     user: np.ndarray | None
-    features: dict[str, np.ndarray]
+    features: dict[str, Given]
+    without_id: np.ndarray
     positives: np.ndarray
     sizes: tuple[int, ...]
     first: int
@@ -118,13 +121,14 @@ class PairPlan:
         history_length: int,
         mask: Literal["item", "session"],
         numbers: tuple[int, ...],
+        id_dropout: float = 0.0,
         gather: bool = False,
         sampler: UnigramSampler | None = None,
         num_sampled: int = 0,
     ) -> None:
         """kind: see `model.examples`; with_history, only_history: whether queries see histories, and nothing else;
-        numbers: (seed, epoch, window); gather: the examples of a step are those of all workers; sampler: of
-        `num_sampled` further candidates a step.
+        numbers: (seed, epoch, window); id_dropout: share of the examples whose item is seen without its id; gather: the
+        examples of a step are those of all workers; sampler: of `num_sampled` further candidates a step.
         """
         random = generator(*numbers, 1)
         self.sessions = sessions
@@ -140,6 +144,7 @@ class PairPlan:
         if only_history:  # without one there is nothing to ask with
             chosen &= (self.items.lengths[owners] > 1) if kind == "every_item" else (place > 0)
         self.examples = random.permutation(np.flatnonzero(chosen))
+        self.without_id = generator(*numbers, 3).random(len(self.examples)) < id_dropout
         self.size = self.num_trainable = len(self.examples)
 
     def stop_after(self, offset: int, num_workers: int) -> int:
@@ -169,7 +174,8 @@ class PairPlan:
             item=self.items.values[place],
             history=self._history(place, offsets[owner], offsets[owner + 1]),
             user=None if self.sessions.user is None else self.sessions.user[owner],
-            features={name: values[owner] for name, values in self.sessions.features.items()},
+            features={name: take_values(values, owner) for name, values in self.sessions.features.items()},
+            without_id=self.without_id[slice(*mine)],
             positives=positives,
             sizes=tuple(last - first for first, last in shares) if self.gather else (len(place),),
             first=mine[0] - span[0],

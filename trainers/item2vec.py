@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from embedding_service.ragged import Ragged
 from embedding_service.sharding import ShardedTables
 from embedding_service.tables import Precision, TableSpec, deduplicate
-from embedding_service.towers import Tower, TowerInput, TowerSpec, input_rows
+from embedding_service.towers import Given, Tower, TowerInput, TowerSpec, input_rows
 from trainers import skipgram
 from trainers.examples import TokenBlock, TokenPlan
 from trainers.lookups import read_blocks
@@ -65,7 +65,7 @@ class Item2Vec:
         device: torch.device,
     ) -> None:
         """counts: int64 [rows], how often each item occurs in training."""
-        self.num_items = len(counts)
+        self.num_items, self.counts = len(counts), counts
         self.tables = ShardedTables(
             [
                 TableSpec("input", len(counts), dim, init_scale or 0.5 / dim, precision),
@@ -125,7 +125,7 @@ class Item2Vec:
             loss = float("nan")  # the kernel's sigmoid is clamped, so its own sum would hide it
         return loss, pairs
 
-    def encode_queries(self, history: Ragged, single: Mapping[str, np.ndarray]) -> Tensor:
+    def encode_queries(self, history: Ragged, single: Mapping[str, Given]) -> Tensor:
         """Query vectors of n histories: float32 [n, dim]. A collective call."""
         inputs = input_rows(self.query_tower.spec, history=history, single=single)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embedding_service.sharding import ShardedTables
 from embedding_service.tables import deduplicate
-from embedding_service.towers import InputRows, pool
+from embedding_service.towers import InputRows, Sequences, pool
 
 
 @dataclass(frozen=True)
@@ -19,36 +19,45 @@ class _Use:
     table: str
     index: Tensor  # int64 [m] into the table's distinct rows
     offsets: Tensor  # int64 [n + 1]
-    weights: Tensor  # float32 [m]
+    weights: Tensor | None  # float32 [m]; None: a sequence
     single: bool  # every list has one row of weight 1
 
 
 @dataclass(frozen=True)
 class Lookups:
-    """What one step asks the tables: `ids` table -> int64 [u] distinct rows, and how every input is made of them."""
+    """What one step asks the tables: `ids` table -> int64 [u] distinct rows, and how every input is made of them.
+
+    `numbers`: name -> float32 [n, width] of the inputs that are given and not looked up.
+    """
 
     ids: dict[str, Tensor]
     uses: dict[str, _Use]
+    numbers: dict[str, Tensor]
 
-    def blocks(self, rows: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-        """Input name -> float32 [n, dim], from `ShardedTables.lookup(self.ids)`; `prefix`: only of the inputs whose
+    def blocks(self, rows: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor | Sequences]:
+        """Input name -> what its tower takes, from `ShardedTables.lookup(self.ids)`; `prefix`: only of the inputs whose
         names begin with it, which is taken off.
         """
-        asked = {name: use for name, use in self.uses.items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): self._block(rows[use.table], use) for name, use in asked.items()}
+        device = next(iter(rows.values())).device
+        found: dict[str, Tensor | Sequences] = {name: values.to(device) for name, values in self.numbers.items()}
+        found |= {name: self._block(rows[use.table], use) for name, use in self.uses.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): block for name, block in found.items() if name.startswith(prefix)}
 
     @staticmethod
-    def _block(rows: Tensor, use: _Use) -> Tensor:
-        if use.single:
-            return rows.index_select(0, use.index.to(rows.device))
+    def _block(rows: Tensor, use: _Use) -> Tensor | Sequences:
         device = rows.device
+        if use.single:
+            return rows.index_select(0, use.index.to(device))
+        if use.weights is None:
+            return Sequences(rows.index_select(0, use.index.to(device)), use.offsets.to(device))
         return pool(rows, use.index.to(device), use.offsets[:-1].to(device), use.weights.to(device))
 
 
-def plan_lookups(inputs: Mapping[str, InputRows], table_of: Mapping[str, str]) -> Lookups:
-    """inputs: name -> rows of a vector set; table_of: vector set -> the table that holds it in training."""
+def plan_lookups(inputs: Mapping[str, InputRows | np.ndarray], table_of: Mapping[str, str]) -> Lookups:
+    """inputs: as `input_rows` gives them; table_of: vector set -> the table that holds it in training."""
+    looked_up = {name: found for name, found in inputs.items() if isinstance(found, InputRows)}
     by_table: dict[str, dict[str, np.ndarray]] = {}
-    for name, found in inputs.items():
+    for name, found in looked_up.items():
         by_table.setdefault(table_of[found.vectors], {})[name] = found.rows
     ids: dict[str, Tensor] = {}
     uses: dict[str, _Use] = {}
@@ -56,23 +65,26 @@ def plan_lookups(inputs: Mapping[str, InputRows], table_of: Mapping[str, str]) -
         distinct, index = deduplicate(rows)
         ids[table] = torch.from_numpy(distinct)
         for name in rows:
-            found = inputs[name]
-            plain = len(found.rows) == len(found.offsets) - 1
-            single = plain and bool((found.weights == 1.0).all()) and bool((np.diff(found.offsets) == 1).all())
-            uses[name] = _Use(
-                table,
-                torch.from_numpy(np.ascontiguousarray(index[name])),
-                torch.from_numpy(np.ascontiguousarray(found.offsets)),
-                torch.from_numpy(np.require(found.weights, requirements="W")),
-                single,
-            )
-    return Lookups(ids, uses)
+            uses[name] = _use(table, np.ascontiguousarray(index[name]), looked_up[name])
+    numbers = {name: torch.from_numpy(found) for name, found in inputs.items() if isinstance(found, np.ndarray)}
+    return Lookups(ids, uses, numbers)
+
+
+def _use(table: str, index: np.ndarray, found: InputRows) -> _Use:
+    offsets, weights = torch.from_numpy(np.ascontiguousarray(found.offsets)), found.weights
+    if weights is None:
+        return _Use(table, torch.from_numpy(index), offsets, None, False)
+    plain = len(found.rows) == len(found.offsets) - 1
+    single = plain and bool((weights == 1.0).all()) and bool((np.diff(found.offsets) == 1).all())
+    return _Use(
+        table, torch.from_numpy(index), offsets, torch.from_numpy(np.require(weights, requirements="W")), single
+    )
 
 
 @torch.no_grad()
 def read_blocks(
-    tables: ShardedTables, inputs: Mapping[str, InputRows], table_of: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """Input name -> float32 [n, dim], without a gradient. A collective call."""
+    tables: ShardedTables, inputs: Mapping[str, InputRows | np.ndarray], table_of: Mapping[str, str]
+) -> dict[str, Tensor | Sequences]:
+    """Input name -> what its tower takes, without a gradient. A collective call."""
     lookups = plan_lookups(inputs, table_of)
     return lookups.blocks(tables.lookup(lookups.ids))

@@ -250,7 +250,7 @@ class _Run:
             place=self.place,
             mask_seen=self.config.data.mask_seen,
             num_candidates=len(self.prepared.keys["item"].keys),
-        )
+        ).figures()
         value = figures[metric]
         progress = self.progress
         best = progress.best_value is None or value > progress.best_value

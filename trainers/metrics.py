@@ -12,6 +12,7 @@ Below, rel_i is 1 if the row at rank i (from 1) is relevant and 0 otherwise, and
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -119,6 +120,61 @@ def mean_metrics(ranked: Rows, truth: Ragged, metrics: Sequence[str]) -> dict[st
     if not np.diff(truth.offsets).any():
         raise DataError("no query has an item that should be found, so there is nothing to measure")
     return {text: float(np.nanmean(values)) for text, values in query_metrics(ranked, truth, metrics).items()}
+
+
+FREQUENCIES = ("0", "1-5", "6-20", ">20")  # training interactions of an item, in which recall is told apart
+_FREQUENCY_STARTS = (1, 6, 21)
+
+
+class Tally:
+    """Sums over queries from which a report's figures follow; the sums of several workers add up.
+
+    `sums` float64: every metric @k, the number of queries that have truth, and for every k and frequency the relevant
+    items that were found; then how many there are of each frequency.
+    """
+
+    def __init__(self, ks: Sequence[int], counts: Rows) -> None:
+        """counts: int64 [rows], the training interactions of each row."""
+        self._ks, self._counts = tuple(ks), counts
+        self._names = [f"{name}@{k}" for k in ks for name in METRICS]
+        self.sums = np.zeros(len(self._names) + 1 + len(FREQUENCIES) * (len(ks) + 1))
+
+    def add(self, ranked: Rows, truth: Ragged) -> None:
+        """The rankings of n queries, as everywhere here."""
+        values = query_metrics(ranked, truth, self._names)
+        by_metric = [float(np.nansum(values[name])) for name in self._names]
+        asked = int(np.count_nonzero(truth.lengths))
+        place = np.asarray(truth.values, dtype=np.int64)
+        frequency = np.searchsorted(_FREQUENCY_STARTS, np.where(place >= 0, self._counts[place], 0), side="right")
+        found = [np.bincount(frequency, found_of(ranked, truth, k), len(FREQUENCIES)) for k in self._ks]
+        by_frequency = np.concatenate([*found, np.bincount(frequency, minlength=len(FREQUENCIES))])
+        self.sums += np.concatenate([by_metric, [asked], by_frequency])
+
+    def figures(self) -> dict[str, float]:
+        """The mean of every metric over the queries that have truth."""
+        num = self.sums[len(self._names)]
+        return {
+            name: float(total / num) if num else math.nan for name, total in zip(self._names, self.sums, strict=False)
+        }
+
+    def by_frequency(self) -> dict[str, dict[str, float]]:
+        """For each of FREQUENCIES that the truth has: the number of relevant items, and recall@k over these."""
+        *found, num = self.sums[len(self._names) + 1 :].reshape(len(self._ks) + 1, -1)
+        return {
+            name: {"items": int(num[i])}
+            | {f"recall@{k}": float(f[i] / num[i]) for k, f in zip(self._ks, found, strict=True)}
+            for i, name in enumerate(FREQUENCIES)
+            if num[i]
+        }
+
+
+def found_of(ranked: Rows, truth: Ragged, k: int) -> npt.NDArray[np.bool_]:
+    """Which entries of `truth` are among the first k ranked of their query: bool [len(truth.values)]."""
+    rows = np.asarray(truth.values, dtype=np.int64)
+    stride = 1 + max(rows.max(initial=0), ranked.max(initial=0))
+    query = np.arange(len(ranked))[:, None] * stride
+    given = np.where(ranked[:, :k] >= 0, query + ranked[:, :k], -1)
+    return (rows >= 0) & np.isin(truth.owners() * stride + rows, given)
 
 
 def _defined(values: Values, num_relevant: Rows) -> Values:

@@ -14,7 +14,7 @@ from cluster.errors import SettingError
 from embedding_service.keys import Vocabulary
 from embedding_service.ragged import Ragged
 from embedding_service.sharding import ShardedTables
-from embedding_service.towers import Tower
+from embedding_service.towers import Given, Tower
 from trainers.contrast import TEMPERATURES, ContrastSpec
 from trainers.item2vec import Item2Vec
 from trainers.mining import MiningSpec
@@ -50,12 +50,13 @@ class Model(Protocol):
     dense_optimizer: torch.optim.Optimizer | None
     query_tower: Tower
     num_items: int
+    counts: np.ndarray  # int64 [num_items], how often training sees each
     similar_set: str
 
     def plan(self, sessions: Sessions, numbers: tuple[int, ...]) -> Plan: ...
     def prepare(self, batch: Any, seed: int) -> Step: ...
     def step(self, prepared: Any, rate: float) -> tuple[float, int]: ...
-    def encode_queries(self, history: Ragged, single: Mapping[str, np.ndarray]) -> Tensor: ...
+    def encode_queries(self, history: Ragged, single: Mapping[str, Given]) -> Tensor: ...
     def encode_items(self, start: int, stop: int) -> Tensor: ...
     def vectors(self, name: str, start: int, stop: int) -> Tensor: ...
     def vector_sets(self) -> dict[str, str]: ...
@@ -86,7 +87,29 @@ def check_model(config: Config) -> None:
     if "user" in model.query and not config.data.user:
         raise SettingError("model.query", "asks for the user, but data.user names no column")
     check_feature_names("data.query_features", config.data.query_features)
+    _check_history(model)
     _check_contrast(model)
+    if model.id_dropout and not config.data.item_features:
+        raise SettingError("model.id_dropout", "leaves nothing of an item without data.item_features; name them")
+    if model.id_dropout >= 1.0:
+        raise SettingError("model.id_dropout", "must be less than 1: no id would ever be learned")
+
+
+def _check_history(model: ModelSettings) -> None:
+    encoder = model.history_encoder
+    if encoder == "recency":
+        return
+    if "history" not in model.query:
+        raise SettingError("model.history_encoder", "encodes the history, but model.query does not name it")
+    if encoder in ("attention", "gru") and model.history_length < 1:
+        raise SettingError(
+            "model.history_length", f"0, the whole history, is not for history_encoder = {encoder}: name a length"
+        )
+    decay = ModelSettings.history_decay
+    if encoder != "attention" and model.history_decay != decay:
+        raise SettingError(
+            "model.history_decay", f"is for recency and attention; model.history_encoder is {encoder}: leave it out"
+        )
 
 
 def _check_contrast(model: ModelSettings) -> None:
@@ -169,9 +192,13 @@ def build_model(config: Config, prepared: Prepared, *, device: torch.device, thr
         counts,
         rows={name: vocabulary.num_rows for name, vocabulary in prepared.keys.items()},
         item_features=prepared.item_features,
+        item_values=prepared.item_values,
         query=model.query,
-        query_features=config.data.query_features,
+        query_features=prepared.query_features,
+        list_pooling=model.list_pooling,
         share_items=model.share_items,
+        id_dropout=model.id_dropout,
+        history_encoder=model.history_encoder,
         hidden=model.hidden,
         dim=model.dim,
         precision=model.precision,

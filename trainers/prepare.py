@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.config import Config
 from cluster.errors import ArtifactError, CheckpointError, DataError, SettingError
-from cluster.storage import open_filesystem, publish_folder, remove_folder, write_json
+from cluster.storage import publish_folder, remove_folder, write_json
 from embedding_service.keys import Vocabulary
 from embedding_service.ragged import Ragged
+from embedding_service.towers import Given
+from trainers.features import Feature, describe, read_side_table
 from trainers.holdout import CaseSample, Holdout, cases_table
 from trainers.sessions import Columns, SessionBatch, SessionReader
 
@@ -32,7 +33,7 @@ class Sessions:
 
     items: Ragged
     user: np.ndarray | None
-    features: dict[str, np.ndarray]
+    features: dict[str, Given]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Prepared:
     """What `prepare` left in a run's folder."""
 
     keys: dict[str, Vocabulary]  # item, user, and query_<feature>, item_<feature>
-    item_features: dict[str, np.ndarray]  # feature -> int64 [item rows]: its row, -1 where the item has none
+    query_features: dict[str, Feature]
+    item_features: dict[str, Feature]
+    item_values: dict[str, Given]  # feature -> its value of every row of the item key map
     fingerprint: str
     num_sessions: int
     shape: dict[str, Any]  # the settings that all this follows from
@@ -51,13 +54,33 @@ class Prepared:
         return Sessions(
             self.item_rows(batch.items),
             self.keys["user"].rows(batch.user) if batch.user is not None and "user" in self.keys else None,
-            {name: self.keys[f"query_{name}"].rows(values) for name, values in batch.features.items()},
+            query_values(batch.features, self.query_features, self.keys),
         )
 
     def item_rows(self, items: Ragged) -> Ragged:
-        """Lists of item keys as lists of rows, without the unknown ones."""
-        rows = self.keys["item"].rows(items.values)
+        """Lists of item keys as lists of rows, without the unknown ones.
+
+        Rarer items than keys.min_count are unknown to training, also where the side table makes them candidates.
+        """
+        keys = self.keys["item"]
+        rows = keys.rows(items.values)
+        unseen = (rows >= keys.num_seen) & (rows < len(keys.keys))
+        if unseen.any():
+            rows[unseen] = len(keys.keys) if keys.unknown == "row" else -1
         return items.with_values(rows).keep(rows >= 0)
+
+
+def query_values(
+    columns: Mapping[str, pa.Array], features: Mapping[str, Feature], keys: Mapping[str, Vocabulary]
+) -> dict[str, Given]:
+    """Decoded columns of sessions or cases as the query tower takes them. Raises DataError for one of another kind."""
+    found = {}
+    for name, column in columns.items():
+        try:
+            found[name] = features[name].values(column, keys.get(f"query_{name}"))
+        except DataError as error:
+            raise DataError(f"column `{name}`: {error.problem}") from None
+    return found
 
 
 def open_reader(config: Config) -> SessionReader:
@@ -114,15 +137,14 @@ def prepare(config: Config, reader: SessionReader, *, is_begun: bool) -> None:
     if config.data.user:
         users = (batch.user for batch in reader.stream(Columns(items=config.data.items, user=config.data.user)))
         keys["user"] = Vocabulary.build((user for user in users if user is not None), unknown="skip")
+    query_features: dict[str, Feature] = {}
     for name in config.data.query_features:
         columns = Columns(items=config.data.items, features=(name,))
-        values = (batch.features[name].drop_null() for batch in reader.stream(columns))
-        keys[f"query_{name}"] = Vocabulary.build(values, unknown="skip")
-    features, feature_keys = _item_features(config, keys["item"])
-    for name, vocabulary in {**keys, **feature_keys}.items():
+        chunks = (batch.features[name] for batch in reader.stream(columns))
+        query_features[name] = _described(name, chunks, "query", keys, config.data.train)
+    item_features = _item_features(config, keys, temporary)
+    for name, vocabulary in keys.items():
         vocabulary.save(temporary / f"{name}.arrow")
-    for name, rows in features.items():
-        np.save(temporary / f"item_{name}.npy", rows, allow_pickle=False)
     cases = sample.result()
     if cases is not None:
         pq.write_table(cases_table(cases), temporary / "valid.parquet")
@@ -131,7 +153,13 @@ def prepare(config: Config, reader: SessionReader, *, is_begun: bool) -> None:
             f"data.holdout = {holdout.kind!r} finds nothing to hold out in {config.data.train}; its sessions are too "
             "short, or data.holdout_fraction is too small"
         )
-    description = {"fingerprint": reader.fingerprint, "num_sessions": reader.num_sessions, "shape": shape}
+    description = {
+        "fingerprint": reader.fingerprint,
+        "num_sessions": reader.num_sessions,
+        "shape": shape,
+        "query_features": {name: asdict(feature) for name, feature in query_features.items()},
+        "item_features": {name: asdict(feature) for name, feature in item_features.items()},
+    }
     write_json(temporary / "prepared.json", description)
     publish_folder(temporary, folder)
 
@@ -142,6 +170,10 @@ def load_prepared(run: str | Path, fingerprint: str | None = None) -> Prepared:
     try:
         description = json.loads((folder / "prepared.json").read_text())
         known, num_sessions, shape = (description[name] for name in ("fingerprint", "num_sessions", "shape"))
+        query_features, item_features = (
+            {name: Feature(**feature) for name, feature in description[side].items()}
+            for side in ("query_features", "item_features")
+        )
     except FileNotFoundError:
         raise CheckpointError(f"{run} is not a run of `lexshard train`: it has no prepared/prepared.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -152,13 +184,8 @@ def load_prepared(run: str | Path, fingerprint: str | None = None) -> Prepared:
             + _START_OVER
         )
     keys = {path.stem: Vocabulary.load(path) for path in sorted(folder.glob("*.arrow"))}
-    features = {}
-    for path in sorted(folder.glob("item_*.npy")):
-        try:
-            features[path.stem.removeprefix("item_")] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); {_START_OVER}") from None
-    return Prepared(keys, features, known, num_sessions, shape, folder)
+    values = {name: _load_values(folder, name, feature) for name, feature in item_features.items()}
+    return Prepared(keys, query_features, item_features, values, known, num_sessions, shape, folder)
 
 
 def _shape(config: Config) -> dict[str, Any]:
@@ -178,34 +205,56 @@ def check_feature_names(setting: str, names: Iterable[str]) -> None:
             raise SettingError(setting, f"column `{name}`: this name has a meaning of its own; rename the column")
 
 
-def _item_features(config: Config, items: Vocabulary) -> tuple[dict[str, np.ndarray], dict[str, Vocabulary]]:
-    """The side table of items as feature -> int64 [item rows], and the key map of each feature."""
+def _item_features(config: Config, keys: dict[str, Vocabulary], folder: Path) -> dict[str, Feature]:
+    """The features of the side table of items; their values go into `folder`, their key maps into `keys`.
+
+    Items that training does not see are candidates if a feature of theirs is known: the item key map in `keys` is
+    replaced by one with them behind the others, with count 0.
+    """
     source = config.data.item_features
     if not source:
-        return {}, {}
-    filesystem, path = open_filesystem(source)
+        return {}
+    side = read_side_table(source)
+    check_feature_names("data.item_features", side.columns)
     try:
-        table = pq.read_table(path, filesystem=filesystem)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"is not a readable Parquet file of item features: {error}", file=source) from None
-    if "item" not in table.column_names or table.num_columns < 2:
-        raise DataError("needs a column `item` and at least one feature column", file=source)
-    check_feature_names("data.item_features", [name for name in table.column_names if name != "item"])
-    try:
-        rows = items.rows(table["item"].combine_chunks())
+        keys["item"] = keys["item"].with_unseen(side.described())
     except DataError as error:
         raise DataError(f"column `item`: {error}", file=source) from None
-    features, keys = {}, {}
-    for name in table.column_names:
-        if name == "item":
-            continue
-        values = table[name].combine_chunks()
-        try:
-            keys[f"item_{name}"] = Vocabulary.build([pc.drop_null(values)], unknown="skip")
-        except DataError as error:
-            raise DataError(f"column `{name}`: {error}", file=source) from None
-        column = np.full(items.num_rows, -1, np.int64)
-        known = rows >= 0
-        column[rows[known]] = keys[f"item_{name}"].rows(values)[known]
-        features[name] = column
-    return features, keys
+    rows = keys["item"].rows(side.items)
+    rows[rows >= len(keys["item"].keys)] = -1
+    place = np.full(keys["item"].num_rows, -1, np.int64)  # item row -> row of the side table
+    place[rows[rows >= 0]] = np.flatnonzero(rows >= 0)
+    by_row = pa.array(place, mask=place < 0)
+    features = {}
+    for name, column in side.columns.items():
+        features[name] = _described(name, [column], "item", keys, source)
+        values = features[name].values(column.take(by_row), keys.get(f"item_{name}"))
+        if isinstance(values, Ragged):
+            np.save(folder / f"item_{name}.offsets.npy", values.offsets, allow_pickle=False)
+        flat = values.values if isinstance(values, Ragged) else values
+        np.save(folder / f"item_{name}.npy", flat, allow_pickle=False)
+    return features
+
+
+def _described(name: str, chunks: Iterable[pa.Array], side: str, keys: dict[str, Vocabulary], source: str) -> Feature:
+    """What the column is; its key map, where it has one, goes into `keys`. Raises DataError."""
+    try:
+        feature, vocabulary = describe(chunks)
+    except DataError as error:
+        raise error if error.file else DataError(f"column `{name}`: {error.problem}", file=source) from None
+    if vocabulary is not None:
+        keys[f"{side}_{name}"] = vocabulary
+    return feature
+
+
+def _load_values(folder: Path, name: str, feature: Feature) -> Given:
+    """The values of an item feature, mapped into memory. Raises CheckpointError."""
+    path = folder / f"item_{name}.npy"
+    try:
+        values: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        if feature.kind == "list":
+            path = folder / f"item_{name}.offsets.npy"
+            return Ragged(values, np.load(path, allow_pickle=False))
+        return values
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {_START_OVER}") from None

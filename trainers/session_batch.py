@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import DataError
-from embedding_service.ragged import Ragged, concat_values, take_values
+from embedding_service.ragged import Ragged, concat_values, offsets_of, take_values
 from trainers.session_files import SessionFile
 
 KeyType = Literal["int64", "string"]
@@ -56,7 +56,8 @@ class SessionBatch:
     """n sessions. Keys are int64 or large_string Arrow arrays, whatever their type in the file.
 
     `row_ids` int64 [n] is the number of a session in file order, bad rows counted. `user` [n] has no nulls; `time` [n]
-    is timestamp[us] (UTC), int64 or float64 and has no nulls; `features` [n] may have nulls: unknown.
+    is timestamp[us] (UTC), int64 or float64 and has no nulls; `features` [n] are keys, large_lists of keys, float64
+    numbers or fixed_size_lists of float32, and may have nulls: unknown.
     """
 
     items: Ragged
@@ -183,6 +184,8 @@ def decode_column(
     one: Field, chunks: Sequence[pa.Array], to: pa.DataType
 ) -> tuple[Ragged | pa.Array, list[tuple[str, npt.NDArray[np.bool_]]]]:
     """The column as a Ragged (kind "lists") or an array of type `to`, and its problems: what, and in which rows."""
+    if one.kind == "feature" and not _is_key(to):
+        return _decode_feature(one, chunks, to)
     if one.kind != "lists":
         values, out_of_range = _decode_values(chunks, to)
         nulls = _mask(pc.is_null(values, nan_is_null=True)) if one.kind != "feature" else None
@@ -199,6 +202,30 @@ def decode_column(
         ("has a null key in its list", _rows_of(lists, _mask(values.is_null())) if values.null_count else None),
         (_TOO_LARGE, None if out_of_range is None else _rows_of(lists, out_of_range)),
     )
+
+
+def _decode_feature(
+    one: Field, chunks: Sequence[pa.Array], to: pa.DataType
+) -> tuple[pa.Array, list[tuple[str, npt.NDArray[np.bool_]]]]:
+    """A feature that is no key: a large_list of keys without nulls, float64 (nan is null), or a fixed_size_list."""
+    if pa.types.is_large_list(to):
+        parts = [Ragged.from_arrow(part) for part in chunks]
+        keys, out_of_range = _decode_values([part.values for part in parts], to.value_type)
+        lists = Ragged(keys, offsets_of(np.concatenate([np.empty(0, np.int64), *(part.lengths for part in parts)])))
+        problem = None if out_of_range is None else _rows_of(lists, out_of_range)
+        if keys.null_count:
+            lists = lists.keep(~_mask(keys.is_null()))
+        array = pa.LargeListArray.from_arrays(pa.array(lists.offsets), lists.values)
+        return array, _problems(one.name, (_TOO_LARGE, problem))
+    joined = concat_values([chunk.cast(to) for chunk in chunks]) if chunks else pa.array([], to)
+    if to == pa.float64():
+        numbers = joined.to_numpy(zero_copy_only=False)
+        array = pa.array(numbers, mask=np.isnan(numbers))
+        return array, _problems(one.name, ("is infinite; expected a number", np.isinf(numbers)))
+    components = joined.flatten().to_numpy(zero_copy_only=False).reshape(-1, to.list_size)  # of those that are not null
+    wrong = np.zeros(len(joined), bool)
+    wrong[_mask(joined.is_valid())] = ~np.isfinite(components).all(axis=1)
+    return joined, _problems(one.name, ("has a null, nan or infinite number in its vector", wrong))
 
 
 _TOO_LARGE = "has a key above 9223372036854775807, the largest int64"
@@ -257,7 +284,27 @@ def _decoded(found: pa.DataType, kind: str) -> pa.DataType | None:
     if kind == "lists":
         is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
         return _key_type(found.value_type) if is_list else None
+    if kind == "feature":
+        return feature_type(found)
     return _time_type(found) if kind == "time" else _key_type(found)
+
+
+def feature_type(found: pa.DataType) -> pa.DataType | None:
+    """What a feature column is decoded to: keys, large_lists of keys, float64 numbers, fixed_size_lists of float32;
+    None for a type that can be none of these.
+    """
+    if pa.types.is_floating(found):
+        return pa.float64()
+    if pa.types.is_fixed_size_list(found) and pa.types.is_floating(found.value_type):
+        return pa.list_(pa.float32(), found.list_size)
+    if pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found):
+        key = _key_type(found.value_type)
+        return None if key is None else pa.large_list(key)
+    return _key_type(found)
+
+
+def _is_key(decoded: pa.DataType) -> bool:
+    return decoded in (pa.int64(), pa.large_string())
 
 
 def _key_type(found: pa.DataType) -> pa.DataType | None:
@@ -279,7 +326,11 @@ def _time_type(found: pa.DataType) -> pa.DataType | None:
 
 def _wrong_type(schema: pa.Schema, one: Field, found: pa.DataType) -> str:
     key = "integers, strings or a dictionary of them"
-    expected = {"lists": f"a list or large_list of {key}", "time": "a timestamp, a date or a number"}.get(one.kind, key)
+    expected = {
+        "lists": f"a list or large_list of {key}",
+        "time": "a timestamp, a date or a number",
+        "feature": f"{key}, lists of these, floats or a fixed_size_list of floats",
+    }.get(one.kind, key)
     message = f"column `{one.name}` (for {one.role}) is {found}; expected {expected}"
     fitting = [f"`{other.name}`" for other in schema if _decoded(other.type, one.kind) is not None]
     if one.kind == "lists" and not fitting and _key_type(found) is not None:

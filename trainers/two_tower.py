@@ -12,15 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from embedding_service.ragged import Ragged
+from embedding_service.ragged import Ragged, take_values
 from embedding_service.sharding import Asked, ShardedTables
 from embedding_service.tables import Optimizer, Precision, TableSpec
-from embedding_service.towers import InputRows, Tower, TowerInput, TowerSpec, input_rows
+from embedding_service.towers import Given, InputRows, Tower, TowerInput, TowerSpec, input_rows, says
 from trainers.contrast import Contrast, ContrastSpec, Pool
 from trainers.examples import PairBatch, PairPlan
+from trainers.features import Feature
 from trainers.lookups import Lookups, plan_lookups, read_blocks
 from trainers.mining import HardNegatives
 from trainers.prepare import Sessions
+
+HistoryEncoder = Literal["recency", "mean", "last", "attention", "gru"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,14 @@ class TwoTower:
         counts: np.ndarray,
         *,
         rows: Mapping[str, int],
-        item_features: Mapping[str, np.ndarray],
+        item_features: Mapping[str, Feature],
+        item_values: Mapping[str, Given],
         query: Sequence[str],
-        query_features: Sequence[str],
+        query_features: Mapping[str, Feature],
+        list_pooling: Literal["mean", "sum"],
         share_items: bool,
+        id_dropout: float,
+        history_encoder: HistoryEncoder,
         hidden: tuple[int, ...],
         dim: int,
         precision: Precision,
@@ -68,26 +75,30 @@ class TwoTower:
         seed: int,
         device: torch.device,
     ) -> None:
-        """counts: int64 [items], how often each is a positive; rows: key map -> table rows; item_features: name ->
-        int64 [items]. What the settings mean: `lexshard config`.
+        """counts: int64 [items], how often each is a positive; rows: key map -> table rows; item_values: item feature
+        -> its values of all items. What the settings mean: `lexshard config`.
         """
-        self.num_items = len(counts)
-        self._item_features = dict(item_features)
+        self.num_items, self.counts = len(counts), counts
+        self._item_values = dict(item_values)
+        self._described = np.zeros(self.num_items, bool)  # items of which a feature is known
+        for values in item_values.values():
+            self._described |= says(values)
         scale = init_scale or dim**-0.5
         self._table_of = {"candidate": "item", "history": "item" if share_items else "history", "user": "user"}
         inputs = [
-            TowerInput(source, source, "user" if source == "user" else "history", dim)
-            if source != "history"
-            else TowerInput("history", "history", "history", dim, history_decay, history_length)
+            history_input(history_encoder, dim, history_decay, history_length)
+            if source == "history"
+            else TowerInput(source, source, "user" if source == "user" else "history", dim)
             for source in query
         ]
-        inputs += [TowerInput(f"query_{name}", name, f"query_{name}", dim) for name in query_features]
+        inputs += [feature_input("query", name, one, dim, list_pooling) for name, one in query_features.items()]
         candidate = [TowerInput("candidate", "item", "candidate", dim)]
-        candidate += [TowerInput(f"item_{name}", name, f"item_{name}", dim) for name in item_features]
+        candidate += [feature_input("item", name, one, dim, list_pooling) for name, one in item_features.items()]
         names = ["item"] + ["history"] * (not share_items and any(block.vectors == "history" for block in inputs))
         names += ["user"] * ("user" in query)
-        names += [f"query_{name}" for name in query_features] + [f"item_{name}" for name in item_features]
-        self._table_of |= {name: name for name in names if name not in ("item", "history", "user")}
+        features = [block.vectors for block in inputs + candidate if block.vectors.startswith(("query_", "item_"))]
+        names += features
+        self._table_of |= {name: name for name in features}
         key_map = {"history": "item"}
         self.tables = ShardedTables(
             [TableSpec(name, rows[key_map.get(name, name)], dim, scale, precision) for name in names],
@@ -111,6 +122,7 @@ class TwoTower:
             self.dense_optimizer = torch.optim.Adam(weights, lr=dense_learning_rate)
         sees_history = [block.source in ("history", "last_item") for block in inputs]
         self._with_history, self._only_history = any(sees_history), all(sees_history)
+        self._id_dropout = id_dropout
         self._examples, self._mask, self._history_length = examples, mask, training_history_length
         self._batch_size, self._chunk_size = batch_size, chunk_size
         self._learning_rate, self._dense_learning_rate = learning_rate, dense_learning_rate
@@ -125,6 +137,7 @@ class TwoTower:
             only_history=self._only_history,
             history_length=self._history_length,
             mask=self._mask,
+            id_dropout=self._id_dropout,
             numbers=numbers,
             gather=self.contrast.spec.gather,
             sampler=self.contrast.sampler,
@@ -145,20 +158,22 @@ class TwoTower:
     def _ready(self, batch: PairBatch, pool: Pool) -> _Step:
         inputs = self._query_inputs(batch)
         items = np.concatenate([batch.item, pool.extra])
+        without_id = np.append(batch.without_id, np.zeros(len(pool.extra), bool))
         for part, chunk in self._chunks(len(items)):
-            inputs |= {f"item{part}/{name}": rows for name, rows in self._item_inputs(items[chunk]).items()}
+            found = self._item_inputs(items[chunk], without_id[chunk])
+            inputs |= {f"item{part}/{name}": rows for name, rows in found.items()}
         lookups = plan_lookups(inputs, self._table_of)
         return _Step(batch, pool, lookups, lookups.ids)
 
-    def _query_inputs(self, batch: PairBatch) -> dict[str, InputRows]:
+    def _query_inputs(self, batch: PairBatch) -> dict[str, InputRows | np.ndarray]:
         single = batch.features if batch.user is None else batch.features | {"user": batch.user}
-        inputs: dict[str, InputRows] = {}
+        inputs: dict[str, InputRows | np.ndarray] = {}
         for part, chunk in self._chunks(len(batch)):
-            history = batch.history.slice(chunk.start, chunk.stop)
+            examples = np.arange(chunk.start, chunk.stop)
             found = input_rows(
                 self.query_tower.spec,
-                history=history,
-                single={name: values[chunk] for name, values in single.items()},
+                history=batch.history.slice(chunk.start, chunk.stop),
+                single={name: take_values(values, examples) for name, values in single.items()},
             )
             inputs |= {f"query{part}/{name}": rows for name, rows in found.items()}
         return inputs
@@ -238,12 +253,24 @@ class TwoTower:
         optimizer.zero_grad()
         self.contrast.clamp()
 
-    def _item_inputs(self, items: np.ndarray) -> dict[str, InputRows]:
-        single = {"item": items} | {name: values[items] for name, values in self._item_features.items()}
+    def _item_inputs(
+        self, items: np.ndarray, without_id: np.ndarray | None = None
+    ) -> dict[str, InputRows | np.ndarray]:
+        """without_id: bool [n], which of the `items` [n] are encoded by their features alone, if they have any; items
+        that training never sees always are.
+        """
+        has_id = self.counts[items] > 0
+        if without_id is not None:
+            has_id &= ~(without_id & self._described[items])
+        single: dict[str, Given] = {"item": np.where(has_id, items, -1)}
+        single |= {name: take_values(values, items) for name, values in self._item_values.items()}
         return input_rows(self.item_tower.spec, history=None, single=single)
 
-    def encode_queries(self, history: Ragged, single: Mapping[str, np.ndarray]) -> Tensor:
-        """Query vectors of n cases: float32 [n, dim]. A collective call."""
+    def encode_queries(self, history: Ragged, single: Mapping[str, Given]) -> Tensor:
+        """Query vectors of n cases: float32 [n, dim]; items that training never sees are passed over. A collective
+        call.
+        """
+        history = history.keep(self.counts[history.values] > 0)
         inputs = input_rows(self.query_tower.spec, history=history, single=single)
         with torch.no_grad():
             return self.query_tower(read_blocks(self.tables, inputs, self._table_of))  # type: ignore[no-any-return]
@@ -264,7 +291,7 @@ class TwoTower:
 
     def vector_sets(self) -> dict[str, str]:
         """Vector set of the artifact -> key map of its rows: the item tower's output, and the query tower's inputs."""
-        read = {block.vectors for block in self.query_tower.spec.inputs}
+        read = {block.vectors for block in self.query_tower.spec.inputs if block.vectors}
         return {"item": "item"} | {name: "item" if name == "history" else name for name in sorted(read)}
 
     def table_rows(self, name: str) -> int:
@@ -272,3 +299,22 @@ class TwoTower:
         return self.num_items if name == "item" else self.tables.specs[self._table_of[name]].rows
 
     similar_set = "item"
+
+
+def history_input(encoder: HistoryEncoder, dim: int, decay: float, length: int) -> TowerInput:
+    """The query tower's input that is the history."""
+    if encoder == "last":
+        return TowerInput("history", "last_item", "history", dim)
+    if encoder == "mean":
+        return TowerInput("history", "history", "history", dim, 1.0, length)
+    how = "pool" if encoder == "recency" else encoder
+    return TowerInput("history", "history", "history", dim, decay, length, how)
+
+
+def feature_input(side: str, name: str, feature: Feature, dim: int, list_pooling: Literal["mean", "sum"]) -> TowerInput:
+    """The input of a feature column, of the `query` tower or the `item` tower."""
+    full = f"{side}_{name}"
+    if not feature.has_keys:
+        numbers = {"width": feature.width, "center": feature.center, "scale": feature.scale}
+        return TowerInput(full, name, "", dim, encoder="project", **numbers)  # type: ignore[arg-type]
+    return TowerInput(full, name, full, dim, encoder=list_pooling if feature.kind == "list" else "pool")

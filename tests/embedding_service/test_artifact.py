@@ -309,6 +309,11 @@ _EXTRA_FILE = {"bytes": 1, "sha256": "0" * 64}
         (_set("query_tower", "spec", "inputs", 0, "dim", to=99), "has width 99"),
         (_set("query_tower", "spec", "inputs", 0, "decay", to=-3), "decay -3"),
         (_set("query_tower", "spec", "hidden", to=[10**12]), "widths"),
+        (_set("query_tower", "spec", "inputs", 0, "encoder", to="magic"), "encoder 'magic', which does not fit"),
+        (_set("query_tower", "spec", "inputs", 0, "encoder", to=["gru"]), "which does not fit 'history'"),
+        (_set("query_tower", "spec", "inputs", 0, "encoder", to="sum"), "'sum', which does not fit 'history'"),
+        (_set("query_tower", "spec", "inputs", 0, "encoder", to="gru"), "widths"),  # of length 0
+        (_set("query_tower", "spec", "inputs", 0, "center", to=1e999), "not both finite numbers"),
         (_set("query_tower", "spec", "evil", to=1), "not a tower description"),
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlencode
 
 import numpy as np
@@ -18,7 +18,7 @@ import pytest
 
 from cluster.errors import KeyNotFound, SettingError
 from embedding_service.http_api import HttpApi
-from embedding_service.http_schema import ARROW_TYPE, Catalogue, Key, Limits
+from embedding_service.http_schema import ARROW_TYPE, Catalogue, FeatureType, Key, Limits
 from embedding_service.keys import Vocabulary
 from tests.embedding_service.test_http_arrow import column, stream
 
@@ -76,7 +76,7 @@ class BruteForce:
         k: int = 10,
         *,
         users: Sequence[Key | None] | None = None,
-        features: Mapping[str, Sequence[Key | None]] | None = None,
+        features: Mapping[str, Sequence[Any]] | None = None,
         exclude_seen: bool = True,
     ) -> Found:
         self.asked = {"users": users, "features": features}
@@ -106,7 +106,7 @@ LIMITS = Limits(max_k=5, max_batch=4, max_body_bytes=1000, max_session=6, max_re
 
 @pytest.fixture
 def api(retriever: BruteForce, items: Vocabulary, users: Vocabulary) -> HttpApi:
-    catalogue = Catalogue("v7", 6, DIM, "string", "int64", {"colour": "string"}, {"model": "two_tower"})
+    catalogue = Catalogue("v7", 6, DIM, "string", "int64", {"colour": FeatureType("string")}, {"model": "two_tower"})
     return HttpApi(retriever, catalogue, items, users, limits=LIMITS)
 
 
@@ -405,6 +405,63 @@ class TestRecommend:
     )
     def test_wrong_bodies(self, api: HttpApi, body: Any, code: str, message: str) -> None:
         assert ask(api, "POST", "/v1/recommend", body).error == (400, code, message)
+
+
+class TestFeatures:
+    """Keys, lists of keys, numbers and vectors in a request."""
+
+    FEATURES: ClassVar = {
+        "colour": FeatureType("string"),
+        "tags": FeatureType("int64", is_list=True),
+        "age": FeatureType(width=1),
+        "taste": FeatureType(width=2),
+    }
+
+    @pytest.fixture
+    def api(self, retriever: BruteForce, items: Vocabulary) -> HttpApi:
+        return HttpApi(retriever, Catalogue("v1", 6, DIM, "string", features=self.FEATURES), items, limits=LIMITS)
+
+    def test_they_reach_the_retriever_as_they_are(self, api: HttpApi, retriever: BruteForce) -> None:
+        features = {"colour": "red", "tags": [3, 4], "age": 33, "taste": [0.5, 1]}
+        assert ask(api, "POST", "/v1/recommend", {"session": ["a"], "features": features}).status == 200
+        assert retriever.asked["features"] == {name: [value] for name, value in features.items()}
+        columns = {"colour": ["red", None], "tags": [None, []], "age": [None, 1.5], "taste": [[1, 2], None]}
+        assert ask(api, "POST", "/v1/recommend", {"sessions": [["a"], []], "features": columns, "k": 3}).status == 200
+        assert retriever.asked["features"] == columns
+
+    @pytest.mark.parametrize(
+        ("features", "message"),
+        [
+            ({"tags": 3}, "`features.tags`: input should be a valid list"),
+            ({"tags": ["3"]}, "`features.tags.0`: input should be a valid integer"),
+            ({"tags": [1] * 7}, "`features.tags`: list should have at most 6 items, not 7"),
+            ({"age": "33"}, "`features.age`: input should be a valid number"),
+            ({"age": [33]}, "`features.age`: input should be a valid number"),
+            ({"taste": [1]}, "`features.taste`: list should have at least 2 items after validation, not 1"),
+            ({"taste": 1.0}, "`features.taste`: input should be a valid list"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, api: HttpApi, features: Any, message: str) -> None:
+        error = ask(api, "POST", "/v1/recommend", {"session": ["a"], "features": features}).error
+        assert error == (400, "invalid_request", message.replace(" after validation", ""))
+
+    def test_numbers_beyond_all_bounds_are_refused(self, api: HttpApi) -> None:
+        for value in (b"1e999", b"NaN"):
+            assert ask(api, "POST", "/v1/recommend", b'{"features": {"age": ' + value + b"}}").status == 400
+
+    def test_openapi_says_what_they_are(self, api: HttpApi) -> None:
+        schemas = ask(api, "GET", "/openapi.json").json["components"]["schemas"]
+        known = {name: entry["anyOf"][0] for name, entry in schemas["Features"]["properties"].items()}
+        assert known["colour"] == {"type": "string"}
+        assert (known["tags"]["type"], known["tags"]["items"]["type"], known["tags"]["maxItems"]) == (
+            "array", "integer", 6
+        )  # fmt: skip
+        assert known["age"] == {"type": "number"}
+        assert (known["taste"]["items"], known["taste"]["minItems"], known["taste"]["maxItems"]) == (
+            {"type": "number"}, 2, 2
+        )  # fmt: skip
+        columns = schemas["FeatureColumns"]["properties"]
+        assert columns["age"]["items"]["anyOf"][0] == {"type": "number"}
 
 
 class TestBadRequests:

@@ -286,3 +286,15 @@ def test_threads_share_a_vocabulary() -> None:
 @given(st.permutations(list(range(30))))
 def test_the_order_of_the_data_does_not_matter(keys: list[int]) -> None:
     assert vocabulary(keys).keys.to_pylist() == list(range(30))
+
+
+@pytest.mark.parametrize("unknown", ["skip", "row"])
+def test_unseen_keys_come_behind_the_others(unknown: Any) -> None:
+    seen = Vocabulary.build([pa.array(["b", "b", "z", "a", "a", "a"])], unknown=unknown, min_count=2)
+    both = seen.with_unseen(pa.array(["y", "a", "c", "y"]))
+    assert both.keys.to_pylist() == ["a", "b", "c", "y"]
+    assert both.counts.tolist() == [3, 2, 0, 0]
+    assert (both.num_seen, both.dropped, both.unknown) == (2, 1, unknown)
+    assert seen.with_unseen(pa.array(["a", "b"])).fingerprint == seen.fingerprint
+    with pytest.raises(DataError, match="these keys are int64, those of the vocabulary large_string"):
+        seen.with_unseen(pa.array([1]))

@@ -347,3 +347,42 @@ def test_first_unseen_and_its_fetch() -> None:
     assert found_rows.tolist() == [[4, 9, 1], [4, 2, 9], [-1, -1, -1]]
     assert found_scores.tolist() == [[4, 2, 1], [4, 3, 2], [-np.inf] * 3]
     assert num_fetched(10, np.array([0, 1, 4, 5, 8, 9, 811])).tolist() == [10, 14, 14, 18, 18, 26, 1034]
+
+
+FEATURES_SPEC = TowerSpec(
+    (
+        HISTORY,
+        TowerInput("shops", "shops", "shop", DIM, encoder="mean"),
+        TowerInput("age", "age", "", DIM, encoder="project", width=1),
+        TowerInput("taste", "taste", "", DIM, encoder="project", width=3),
+    ),
+    DIM,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("shops", 3, "'shops' takes a list of keys, or None, for each session"),
+        ("shops", "3", "'shops' takes a list of keys"),
+        ("age", "old", "'age' takes a finite number, or None"),
+        ("age", [1.0, 2.0], "'age' takes a finite number"),
+        ("age", float("inf"), "'age' takes a finite number"),
+        ("taste", [1.0, 2.0], "'taste' takes 3 finite numbers"),
+        ("taste", 1.0, "'taste' takes 3 finite numbers"),
+        ("nothing", 1.0, "have no 'nothing'; they have: sessions, shops, age, taste"),
+    ],
+)
+def test_features_of_another_kind_are_refused(folder: Path, name: str, value: Any, message: str) -> None:
+    retriever = _retriever(folder, "tower_features", spec=FEATURES_SPEC)
+    with pytest.raises(DataError, match=message):
+        retriever.recommend([["i0001"], []], 3, features={name: [None, value]})
+
+
+def test_a_list_of_shops_and_nothing_else_makes_a_query(folder: Path) -> None:
+    retriever = _retriever(folder, "tower_features", spec=FEATURES_SPEC)
+    results = retriever.recommend([[], [], []], 5, features={"shops": [[7, 27, 999], None, [999]]})
+    assert results.cold_start == [False, True, True]
+    assert {_cluster(key) for key in results.keys[0]} == {7}
+    numbers = retriever.recommend([[], []], 5, features={"age": [0.5, None], "taste": [None, [0, 1, 2]]})
+    assert numbers.cold_start == [False, False]

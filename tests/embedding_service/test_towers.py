@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 
 from cluster.errors import ArtifactError
 from embedding_service.ragged import Ragged
-from embedding_service.towers import Tower, TowerInput, TowerSpec, input_rows, pool, recency_weights
+from embedding_service.towers import (
+    HistoryAttention,
+    HistoryGru,
+    InputRows,
+    Sequences,
+    Tower,
+    TowerInput,
+    TowerSpec,
+    input_rows,
+    missing,
+    pool,
+    recency_weights,
+    says,
+)
 
 HISTORY = Ragged.from_lists([[4, 5, 6, 7], [], [9], [1, 1]])
 
@@ -159,3 +172,141 @@ def test_towers_that_cannot_be_are_refused() -> None:
         Tower(TowerSpec((), 4))
     with pytest.raises(ValueError, match="every input must have width 8"):
         Tower(tower_spec(dim=8))
+
+
+def features_spec() -> TowerSpec:
+    return TowerSpec(
+        (
+            TowerInput("tags", "tags", "tags", 4, encoder="mean"),
+            TowerInput("all_tags", "tags", "tags", 4, encoder="sum"),
+            TowerInput("age", "age", "", 4, encoder="project", width=1, center=30.0, scale=0.1),
+            TowerInput("text", "text", "", 4, encoder="project", width=3, scale=2.0),
+        ),
+        4,
+    )
+
+
+def test_input_rows_of_every_kind_of_feature() -> None:
+    tags = Ragged.from_lists([[4, 5, 5], [], [1]])
+    text = np.array([[1, 2, -1], [np.nan] * 3, [0, 0, 1e30]], np.float32)
+    given = {"tags": tags, "age": np.array([[20.0], [np.nan], [1e300]]), "text": text}
+    found = input_rows(features_spec(), history=None, single=given)
+    for name, weights in (("tags", [1 / 3, 1 / 3, 1 / 3, 1.0]), ("all_tags", [1.0] * 4)):
+        looked_up = found[name]
+        assert isinstance(looked_up, InputRows)
+        assert Ragged(looked_up.rows, looked_up.offsets).to_lists() == tags.to_lists()
+        assert looked_up.weights is not None
+        assert looked_up.weights.tolist() == pytest.approx(weights)
+    numbers = {name: found[name] for name in ("age", "text")}
+    assert all(isinstance(one, np.ndarray) and one.dtype == np.float32 for one in numbers.values())
+    assert numbers["age"].tolist() == [[-1.0], [0.0], [100.0]]  # type: ignore[union-attr]
+    assert numbers["text"].tolist() == [[2.0, 4.0, -2.0], [0.0] * 3, [0.0, 0.0, 100.0]]  # type: ignore[union-attr]
+
+
+def test_what_is_missing_says_nothing_and_is_no_rows() -> None:
+    for block in features_spec().inputs:
+        nothing = missing(block, 2)
+        assert says(nothing).tolist() == [False, False]
+        found = input_rows(TowerSpec((block,), 4), history=None, single={block.source: nothing})[block.name]
+        assert not found.any() if isinstance(found, np.ndarray) else found.offsets.tolist() == [0, 0, 0]
+    assert missing(TowerInput("user", "user", "user", 4), 2).tolist() == [-1, -1]  # type: ignore[union-attr]
+
+
+def test_says_tells_where_something_is_known() -> None:
+    assert says(np.array([0, -1, 7])).tolist() == [True, False, True]
+    assert says(np.array([0, -1, 7]), 7).tolist() == [True, False, False]
+    assert says(Ragged.from_lists([[7, 3], [], [7], [-1]]), 7).tolist() == [True, False, False, False]
+    assert says(np.array([[np.nan], [0.0]])).tolist() == [False, True]
+
+
+def test_projected_numbers_are_as_long_as_new_embeddings() -> None:
+    torch.manual_seed(0)
+    tower = Tower(TowerSpec((TowerInput("text", "text", "", 64, encoder="project", width=300),), 64))
+    projected = tower({"text": torch.randn(500, 300)})
+    embeddings = (2 * torch.rand(500, 64) - 1) * 64**-0.5  # as tables start
+    ratio = projected.norm(dim=1).mean() / embeddings.norm(dim=1).mean()
+    assert 0.9 < ratio < 1.1
+
+
+def histories(lists: list[list[int]], dim: int = 4) -> Sequences:
+    """Item i is row i of a fixed matrix."""
+    rows = torch.randn(10, dim, generator=torch.Generator().manual_seed(1))
+    ragged = Ragged.from_lists(lists)
+    return Sequences(rows[torch.from_numpy(ragged.values)], torch.from_numpy(ragged.offsets))
+
+
+LISTS = [[4, 5, 6, 7], [], [9], [1, 1], [2, 8, 3]]
+
+
+def test_attention_is_its_formula() -> None:
+    torch.manual_seed(0)
+    attention = HistoryAttention(4, 4, 0.7)
+    for weight in attention.parameters():
+        torch.nn.init.normal_(weight)
+    found = attention(histories(LISTS))
+    for i, one in enumerate(LISTS):
+        rows = histories([one]).rows
+        wanted = torch.zeros(4)
+        if one:
+            query = attention.query.weight @ rows[-1] + attention.query.bias
+            scores = []
+            for place, row in enumerate(rows):
+                age = len(one) - 1 - place
+                key = attention.key.weight @ (row + attention.position[age])
+                scores.append(attention.bias[age] + query @ key / 2.0)
+            wanted = torch.softmax(torch.stack(scores), 0) @ rows
+        torch.testing.assert_close(found[i], wanted)
+
+
+@pytest.mark.parametrize("decay", [0.6, 1.0])
+def test_attention_begins_as_the_recency_weighted_mean(decay: float) -> None:
+    found = HistoryAttention(4, 6, decay)(histories(LISTS))
+    ragged = Ragged.from_lists(LISTS)
+    rows = torch.randn(10, 4, generator=torch.Generator().manual_seed(1))
+    weights = torch.from_numpy(recency_weights(ragged.offsets, decay).copy())
+    wanted = pool(rows, torch.from_numpy(ragged.values), torch.from_numpy(ragged.offsets[:-1].copy()), weights)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_gru_is_its_formula() -> None:
+    """Cho et al. 2014, with the reset gate on the projected state as cuDNN and torch have it."""
+    torch.manual_seed(0)
+    encoder = HistoryGru(4)
+    found, gru = encoder(histories(LISTS)), encoder.gru
+    for i, one in enumerate(LISTS):
+        state = torch.zeros(4)
+        for row in histories([one]).rows:
+            x = (gru.weight_ih_l0 @ row + gru.bias_ih_l0).chunk(3)
+            h = (gru.weight_hh_l0 @ state + gru.bias_hh_l0).chunk(3)
+            reset, update = torch.sigmoid(x[0] + h[0]), torch.sigmoid(x[1] + h[1])
+            state = (1 - update) * torch.tanh(x[2] + reset * h[2]) + update * state
+        wanted = encoder.out.weight @ state if one else torch.zeros(4)
+        torch.testing.assert_close(found[i], wanted)
+
+
+@pytest.mark.parametrize("encoder", ["attention", "gru"])
+def test_a_history_is_encoded_alike_in_any_company(encoder: Any) -> None:
+    torch.manual_seed(0)
+    block = TowerInput("history", "history", "input", 4, 0.5, 8, encoder)
+    tower = Tower(TowerSpec((block,), 4)).double()
+    whole = histories(LISTS)
+    together = tower({"history": Sequences(whole.rows.double(), whole.offsets)})
+    for i, one in enumerate(LISTS):
+        alone = histories([one])
+        torch.testing.assert_close(tower({"history": Sequences(alone.rows.double(), alone.offsets)})[0], together[i])
+
+
+@pytest.mark.parametrize("encoder", ["attention", "gru"])
+def test_every_row_of_a_history_gets_a_gradient(encoder: Any) -> None:
+    torch.manual_seed(0)
+    tower = Tower(TowerSpec((TowerInput("history", "history", "input", 4, 0.5, 8, encoder),), 4))
+    rows = torch.randn(10, 4, requires_grad=True)
+    ragged = Ragged.from_lists(LISTS)
+    block = Sequences(rows[torch.from_numpy(ragged.values)], torch.from_numpy(ragged.offsets))
+    tower({"history": block}).square().sum().backward()
+    assert rows.grad is not None
+    seen = rows.grad.abs().sum(1) > 0
+    assert seen.nonzero().flatten().tolist() == sorted({item for one in LISTS for item in one})
+    nothing = torch.empty(0, 4, requires_grad=True)  # a rank without a history takes part in the exchange
+    tower({"history": Sequences(nothing, torch.zeros(3, dtype=torch.int64))}).sum().backward()
+    assert nothing.grad is not None

@@ -18,6 +18,7 @@ def pair_batch(
         history=Ragged(np.empty(0, np.int64), np.zeros(len(items) + 1, np.int64)),
         user=None,
         features={},
+        without_id=np.zeros(len(items), bool),
         positives=items,
         sizes=(len(items),),
         first=0,

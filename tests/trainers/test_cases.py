@@ -41,7 +41,8 @@ def config_of(folder: Path, **data: Any) -> Config:
 
 
 def load(config: Config, name: str = "test.parquet", **options: int) -> Cases:
-    return load_cases(config, load_prepared(config.run).keys, str(Path(config.run).parent / name), **options)
+    prepared = load_prepared(config.run)
+    return load_cases(config, prepared.keys, prepared.query_features, str(Path(config.run).parent / name), **options)
 
 
 def as_lists(cases: Cases) -> list[Any]:

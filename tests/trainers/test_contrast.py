@@ -17,15 +17,17 @@ from torch.nn import functional as F
 from cluster.errors import SettingError
 from cluster.rank import process_group
 from embedding_service.ragged import Ragged
+from embedding_service.towers import Given
 from tests.ranks import run_on_ranks
 from tests.trainers.batches import pair_batch
 from tests.trainers.runs import final_tensors, small_config, write_sessions
 from trainers.contrast import TEMPERATURES, Contrast, ContrastSpec
+from trainers.features import Feature
 from trainers.loop import train
 from trainers.mining import NOTHING, Mined, MiningSpec
 from trainers.models import check_model
 from trainers.prepare import Sessions
-from trainers.two_tower import TwoTower
+from trainers.two_tower import HistoryEncoder, TwoTower
 
 ITEMS, DIM = 40, 4
 MINING = MiningSpec(num=1500, every=4, skip=0, take=4, margin=2.0)
@@ -181,6 +183,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "triplet": {"gather": True, "objective": "triplet", "triplet_negative": "random"},
     "mined": {"gather": True, "mining": MiningSpec(num=16, every=2, skip=1, take=5, margin=0.5)},
     "streaming": {"gather": True, "frequency_slots": 64},
+    "attention": {"gather": True, "history_encoder": "attention", "described": True},
+    "gru": {"gather": True, "history_encoder": "gru", "described": True},
 }
 
 
@@ -190,12 +194,20 @@ def sessions() -> Sessions:
     return Sessions(Ragged.from_lists(lists), None, {})
 
 
-def train_model(*, chunk_size: int = 0, **settings: Any) -> dict[str, Any]:
-    data = sessions()
+def train_model(
+    *, chunk_size: int = 0, history_encoder: HistoryEncoder = "mean", described: bool = False, **settings: Any
+) -> dict[str, Any]:
+    data, random = sessions(), np.random.default_rng(1)
+    item_features = {"tags": Feature("list"), "price": Feature("number", 1), "text": Feature("vector", 3)}
+    tags = Ragged.from_lists([random.integers(0, 9, n).tolist() for n in random.integers(0, 4, 60)])
+    item_values: dict[str, Given] = {"tags": tags, "price": random.normal(size=(60, 1))}
+    item_values["text"] = random.normal(size=(60, 3)).astype(np.float32)
     model = TwoTower(
-        np.bincount(data.items.values, minlength=60), rows={"item": 60}, item_features={}, query=("history",),
-        query_features=(), share_items=True, hidden=(8,), dim=8, precision="fp32", init_scale=0.0,
-        examples="every_item", mask="session", history_decay=1.0, history_length=0, training_history_length=0,
+        np.bincount(data.items.values, minlength=60), rows={"item": 60, "item_tags": 9},
+        item_features=item_features if described else {}, item_values=item_values if described else {},
+        query=("history",), query_features={}, list_pooling="mean", share_items=True, id_dropout=0.3 * described,
+        history_encoder=history_encoder, hidden=(8,), dim=8, precision="fp32", init_scale=0.0,
+        examples="every_item", mask="session", history_decay=1.0, history_length=8, training_history_length=0,
         contrast=ContrastSpec(**settings), normalize=True, batch_size=SPAN, chunk_size=chunk_size, optimizer="sgd",
         learning_rate=0.05, dense_learning_rate=0.01, seed=1, device=torch.device("cpu"),
     )  # fmt: skip

@@ -267,3 +267,14 @@ def test_hits_of_many_equal_items_grow_beyond_the_first_guess() -> None:
     items = np.zeros(100, np.int64)
     hits = session_hits(items, items, np.arange(100), np.arange(1, 101))
     assert sorted(hits.tolist()) == list(range(100 * 100))
+
+
+def test_ids_are_dropped_at_random_alike_for_any_number_of_workers() -> None:
+    lists = [list(range(10 * s, 10 * s + 10)) for s in range(300)]
+    plan = pair_plan(lists, id_dropout=0.25)
+    dropped = whole(plan).without_id
+    assert 0.2 < dropped.mean() < 0.3
+    shares = [plan.batch(0, plan.size, rank, 3).without_id for rank in range(3)]
+    assert np.concatenate(shares).tolist() == dropped.tolist()
+    assert pair_plan(lists, id_dropout=0.25, numbers=(3, 2, 4)).without_id.tolist() != plan.without_id.tolist()
+    assert not whole(pair_plan(lists)).without_id.any()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import DataError, SettingError
 from embedding_service.ragged import Ragged
-from trainers.metrics import METRICS, judge, mean_metrics, parse_metric, query_metrics
+from trainers.metrics import FREQUENCIES, METRICS, Tally, judge, mean_metrics, parse_metric, query_metrics
 
 
 def ragged(lists: list[list[int]]) -> Ragged:
@@ -106,3 +106,32 @@ def test_names_of_metrics() -> None:
     for wrong in ("recall", "recall@", "recall@0", "recall@-1", "recall@2.5", "recall@²"):
         with pytest.raises(SettingError, match="a metric is written recall@20"):
             parse_metric(wrong)
+
+
+@settings(deadline=None, derandomize=True)
+@given(queries, queries)
+def test_a_tally_of_several_parts_is_the_mean_over_all_queries(
+    first: list[tuple[list[int], list[int]]], second: list[tuple[list[int], list[int]]]
+) -> None:
+    counts = np.array([900, 21, 20, 8, 7, 6, 5, 2, 1, 0])
+    tally = Tally((2, 5), counts)
+    for part in (first, second):
+        tally.add(np.array([rows for rows, _ in part], dtype=np.int64).reshape(-1, 6), ragged([t for _, t in part]))
+    for name, value in tally.figures().items():
+        metric, _, k = name.partition("@")
+        values = [slow(metric, *case, int(k)) for case in first + second]
+        wanted = [value for value in values if not math.isnan(value)]
+        assert value == pytest.approx(np.mean(wanted) if wanted else math.nan, nan_ok=True)
+    by_frequency: dict[str, list[tuple[bool, bool]]] = {name: [] for name in FREQUENCIES}
+    for ranked, truth in first + second:
+        for row in truth:
+            count = counts[row] if row >= 0 else 0
+            name = "0" if count == 0 else "1-5" if count <= 5 else "6-20" if count <= 20 else ">20"
+            by_frequency[name].append((row >= 0 and row in ranked[:2], row >= 0 and row in ranked[:5]))
+    found = tally.by_frequency()
+    assert set(found) == {name for name, hits in by_frequency.items() if hits}
+    for name, figures in found.items():
+        recalls = np.mean(by_frequency[name], axis=0)
+        assert figures == pytest.approx(
+            {"items": len(by_frequency[name]), "recall@2": recalls[0], "recall@5": recalls[1]}
+        )

@@ -10,7 +10,10 @@ import pytest
 
 from cluster.config import Config, config_from_dict
 from cluster.errors import CheckpointError, DataError, SettingError
+from embedding_service.ragged import Ragged
+from trainers.cases import load_validation
 from trainers.prepare import Prepared, check_feature_names, holdout_of, load_prepared, open_reader, prepare
+from trainers.sessions import SessionBatch
 
 # item "a" 4 times, "b" 3, "c" 2, "d" once; users 5, 7, 5, 9; one session is empty
 SESSIONS = pa.table(
@@ -134,7 +137,7 @@ def test_feature_names_that_cannot_be_used_are_named(name: str) -> None:
 def test_any_other_name_of_an_item_feature_will_do(tmp_path: Path, name: str) -> None:
     pq.write_table(pa.table({"item": ["a"], name: ["z"]}), tmp_path / "side.parquet")
     found = prepared_by(config_of(tmp_path, data={"item_features": str(tmp_path / "side.parquet")}))
-    assert found.item_features[name].tolist() == [0, -1, -1, -1]
+    assert np.asarray(found.item_values[name]).tolist() == [0, -1, -1, -1]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{", "null"])
@@ -159,15 +162,67 @@ def test_item_features_are_rows_by_item(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "side.parquet")
     found = prepared_by(config_of(tmp_path, data={"item_features": str(tmp_path / "side.parquet")}))
     for name in ("brand", "size"):
-        keys, rows = found.keys[f"item_{name}"], found.item_features[name]
+        keys, rows = found.keys[f"item_{name}"], np.asarray(found.item_values[name])
         wanted: dict[str, dict[str, Any]] = {
             "a": {"brand": "q", "size": 3},
             "b": {"brand": "p", "size": 3},
             "c": {"size": 4},
+            "zz": {"brand": "r", "size": 4},
         }
         values = [keys.keys[row].as_py() if row >= 0 else None for row in rows.tolist()]
-        assert values == [wanted.get(item, {}).get(name) for item in "abcd"]
+        assert values == [wanted.get(item, {}).get(name) for item in ("a", "b", "c", "d", "zz")]
         assert rows.dtype == np.int64
+
+
+def test_items_that_no_session_has_are_candidates_if_they_have_features(tmp_path: Path) -> None:
+    side = {
+        "item": ["new", "c", "bare", "d", "again"],
+        "brand": ["p", "q", None, "p", None],
+        "tags": [[], [], [], [], ["x"]],
+    }
+    pq.write_table(pa.table(side), tmp_path / "side.parquet")
+    data = {"item_features": str(tmp_path / "side.parquet")}
+    found = prepared_by(config_of(tmp_path, data=data, keys={"min_count": 2}))
+    items = found.keys["item"]
+    assert items.keys.to_pylist() == ["a", "b", "c", "again", "d", "new"]  # d is rarer than min_count
+    assert items.counts.tolist() == [4, 3, 2, 0, 0, 0]
+    assert items.num_seen == 3
+    assert items.dropped == 1
+    assert np.asarray(found.item_values["brand"]).tolist() == [-1, -1, 1, -1, 0, 0]
+    tags = found.item_values["tags"]
+    assert isinstance(tags, Ragged)
+    assert tags.to_lists() == [[], [], [], [0], [], []]
+    config = config_of(tmp_path, data=data, keys={"min_count": 2})
+    assert everything(config, found)[0] == [[0, 1, 2, 0], [1, 0], [], [0, 2, 1]]  # training does not see d
+    config = config_of(tmp_path, data=data, keys={"min_count": 2, "unknown": "row"})
+    assert everything(config, prepared_by(config))[0][3] == [0, 2, 6, 1]
+
+
+def test_features_of_sessions_become_values_of_their_kind(tmp_path: Path) -> None:
+    vectors = pa.array([[1.0, 2.0], None, [3.0, 4.0], [0.0, 0.0]], pa.list_(pa.float64(), 2))
+    table = SESSIONS.append_column("age", pa.array([1.0, 3.0, None, float("nan")], pa.float32()))
+    table = table.append_column("tags", pa.array([["x", "y"], None, [], ["y", None]])).append_column("text", vectors)
+    config = config_of(
+        tmp_path, table, data={"query_features": ["city", "age", "tags", "text"], "holdout": "last_item"}
+    )
+    found = prepared_by(config)
+    assert {name: feature.kind for name, feature in found.query_features.items()} == {
+        "city": "key", "age": "number", "tags": "list", "text": "vector"
+    }  # fmt: skip
+    age, text = found.query_features["age"], found.query_features["text"]
+    assert (age.width, age.center, age.scale) == (1, 2.0, 1.0)
+    assert (text.width, text.center, text.scale) == (2, 0.0, pytest.approx(1 / np.sqrt(30 / 6)))
+    batch = SessionBatch.concat(list(open_reader(config).stream()))
+    values = found.rows(batch).features
+    np.testing.assert_array_equal(values["age"], [[1.0], [3.0], [np.nan], [np.nan]])
+    np.testing.assert_array_equal(values["text"], [[1, 2], [np.nan] * 2, [3, 4], [0, 0]])
+    assert isinstance(values["tags"], Ragged)
+    assert found.keys["query_tags"].keys.to_pylist() == ["y", "x"]
+    assert values["tags"].to_lists() == [[1, 0], [], [], [0]]
+    cases = load_validation(config, found)
+    assert cases is not None
+    np.testing.assert_array_equal(cases.single["text"], [[1, 2], [np.nan] * 2, [0, 0]])
+    assert cases.take(np.array([2, 0])).single["tags"].to_lists() == [[0], [1, 0]]  # type: ignore[union-attr]
 
 
 def test_a_sessions_feature_and_a_items_feature_may_share_a_name(tmp_path: Path) -> None:
