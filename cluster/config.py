@@ -149,10 +149,14 @@ class ModelSettings:
         False, "the temperature is learned, from this value on and within [.01, 10]", kind="two_tower"
     )
     in_batch: bool = setting(
-        True, "the positives of the batch's other examples are candidates; false: sampled ones only", kind="two_tower"
+        True,
+        "the positives of the batch's other examples are candidates; false: only sampled and mined ones",
+        kind="two_tower",
     )
     gather: bool = setting(
-        False, "the batch that this is about is that of all workers together, not each worker's own", kind="two_tower"
+        False,
+        "in-batch candidates are the positives of all workers' batches, not only the worker's own",
+        kind="two_tower",
     )
     sampled_negatives: int = setting(
         0, "candidates drawn in every step for all its examples, besides in-batch ones", low=0, kind="two_tower"
@@ -163,7 +167,8 @@ class ModelSettings:
     mined_negatives: int = setting(
         0,
         "hard candidates drawn in every step from what an index of the items ranks high for the batch's queries; "
-        "they come in after one and a half times mined_every steps",
+        "they come in after one and a half times mined_every steps. Every worker and checkpoint holds two copies of "
+        "all item vectors for it",
         low=0,
         kind="two_tower",
     )
@@ -179,8 +184,8 @@ class ModelSettings:
     mined_take: int = setting(50, "hard candidates are drawn from so many ranks after them", low=1, kind="two_tower")
     mined_margin: float = setting(
         2.0,
-        "no hard candidates are items more similar to the query than its positive by more than this; below 0: "
-        "they must stay so far below it. 2: all are",
+        "no hard candidate is more similar to the query than the positive by more than this; negative: it must stay "
+        "that far below. Cosines differ by at most 2, so 2 excludes none; without normalize choose a larger one",
         kind="two_tower",
     )
     margin: float = setting(
@@ -221,7 +226,8 @@ class ModelSettings:
     frequency_slots: int = setting(
         0,
         "the correction takes in-batch frequencies from so many hashed counters that follow the training data, "
-        "instead of exact counts; 0: exact",
+        "instead of counts; 0: the counts of the items, which are their shares as positives with examples = "
+        "every_item and close to them with long sessions",
         low=0,
         kind="two_tower",
     )

@@ -45,7 +45,7 @@ class Sender:
         self._mailbox = mailbox
         self._rank = rank
         self._last: Any = None
-        self._sending = threading.Lock()
+        self._sending = threading.RLock()  # waiting for a letter may itself warn
 
     def send(self, letter: dict[str, Any]) -> None:
         """Post a JSON-able letter; returns at once unless the one before it is still on its way."""
@@ -80,6 +80,10 @@ class _Forwarder(logging.Handler):
         super().__init__(logging.WARNING)
         self._forward = forward
         self.addFilter(lambda record: record.name.split(".")[0] != "ray")
+
+    def createLock(self) -> None:
+        """None of its own: held around the sender's, it could be asked for in the other order."""
+        self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
         self._forward(self.format(record))

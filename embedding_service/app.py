@@ -153,7 +153,7 @@ def build(args: Mapping[str, Any]) -> Application:
 
 
 def deployment_options(*, replicas: int = 1, threads: int = 1, gpus: float = 0.0) -> dict[str, Any]:
-    """Options of `serve.deployment` for replicas in high-throughput mode, with that many threads for FAISS in each."""
+    """Options of `serve.deployment` for replicas in high-throughput mode, with that many threads in each."""
     environment = {
         "OMP_NUM_THREADS": str(threads),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",

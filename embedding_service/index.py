@@ -17,8 +17,10 @@ other kinds, and cosine, are as FAISS has them ("plain"): IVF over augmented vec
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +80,7 @@ class VectorIndex:
         self._radius = radius
         self._core_kind = type(_core(index))
         self._index, self._gpu = _to_fastest_device(index)
+        self._searching = threading.Lock() if self._gpu is not None else contextlib.nullcontext()
         self.set_parameters(parameters)
 
     @classmethod
@@ -174,10 +177,12 @@ class VectorIndex:
         if self.metric == "cosine":
             queries = unit_length(queries)
         if self.arrangement != "augmented":
-            scores, rows = self._index.search(queries, k)
+            with self._searching:  # a GPU's resources serve one search at a time
+                scores, rows = self._index.search(queries, k)
         else:
             padded = np.concatenate([queries, np.zeros((len(queries), 1), np.float32)], axis=1)
-            distances, rows = self._index.search(padded, k)
+            with self._searching:
+                distances, rows = self._index.search(padded, k)
             scores = (np.square(_norms(queries)) + self._radius**2 - distances) / 2
         if self._centre is not None:
             scores = scores + (queries @ self._centre)[:, None]

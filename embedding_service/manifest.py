@@ -159,7 +159,8 @@ def _check_tower_input(manifest: Manifest, block: TowerInput, where: str) -> Non
     def refuse(problem: str) -> None:
         raise ArtifactError(f"{where}: query_tower: input {block.name!r} {problem}")
 
-    fitting = ("pool", "attention", "gru") if block.source == "history" else ("pool", "mean", "sum", "project")
+    own = {"history": ("pool", "attention", "gru"), "last_item": ("pool",), "user": ("pool",)}
+    fitting = own.get(block.source, ("pool", "mean", "sum", "project"))
     if block.encoder not in fitting:
         refuse(f"has encoder {block.encoder!r}, which does not fit {block.source!r}")
     if not all(isinstance(value, (int, float)) and abs(value) < math.inf for value in (block.center, block.scale)):

@@ -232,6 +232,7 @@ class QueryEncoder:
         self._sees_session = bool(session)
         self._num_items = min((len(keys.keys) for keys in session), default=0)
         self._num_trained = min((keys.num_seen for keys in session), default=0)
+        self._unknown_row = self._num_items if any(keys.unknown == "row" for keys in session) else -1
 
     def rows_of_single(self, given: Mapping[str, Sequence[Any]], num: int) -> dict[str, Given]:
         """The values [num] of the user and the features that a request gives. Raises DataError for others."""
@@ -263,10 +264,12 @@ class QueryEncoder:
         return known
 
     def encode(self, history: Ragged, single: Mapping[str, Given]) -> Float32:
-        """Query vectors float32 [n, dim]; -1 rows, and items that training has not seen, are passed over."""
+        """Query vectors float32 [n, dim]; -1 rows are passed over, and items that training has not seen are unknown."""
         rows = history.values
         if rows.min(initial=0) < 0 or rows.max(initial=-1) >= self._num_trained:
-            history = history.keep(((rows >= 0) & (rows < self._num_trained)) | (rows >= self._num_items))
+            unseen = (rows >= self._num_trained) & (rows < self._num_items)
+            rows = np.where(unseen, self._unknown_row, rows)
+            history = history.with_values(rows).keep(rows >= 0)
         looked_up = input_rows(self.spec, history=history, single=single)
         if self._tower is not None:
             with torch.inference_mode():

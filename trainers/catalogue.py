@@ -71,8 +71,9 @@ def _rank_catalogue(model: Model, cases: Cases, k: int, seen: Ragged | None, num
     sources = {block.source for block in model.query_tower.spec.inputs}
     cold = np.ones(len(cases), bool)
     if sources & {"history", "last_item"}:
-        trained = cases.history.with_values(np.where(model.counts[cases.history.values] > 0, cases.history.values, -1))
-        cold = ~says(trained)
+        seen_in_training = model.counts[cases.history.values] > 0
+        trained = cases.history.with_values(np.where(seen_in_training, cases.history.values, -1))
+        cold = ~says(trained, num_candidates)  # the unknown row says nothing
     for source in sources & cases.single.keys():
         cold &= ~says(cases.single[source])
     frequency = -torch.arange(num_candidates, dtype=query.dtype, device=query.device)  # rows are ordered by it

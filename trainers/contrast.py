@@ -60,7 +60,7 @@ class Pool:
     """The candidates of one worker's share of a step, but for their vectors.
 
     rows: int64 [c], the in-batch positives, then `extra`, the sampled and mined ones (int64 [e]); hits, query_hits: see
-    `PairBatch`, sorted; first: int64 [n], where a random triplet begins to look.
+    `PairBatch`, queries in order; first: int64 [n], where a random triplet begins to look.
     """
 
     batch: PairBatch
@@ -76,7 +76,9 @@ class Contrast(nn.Module):
     """The loss of a step. What it learns or remembers are parameters and buffers, so that checkpoints hold it."""
 
     def __init__(self, counts: np.ndarray, spec: ContrastSpec, *, dim: int, device: torch.device | None = None) -> None:
-        """counts: int64 [items], how often each is a positive."""
+        """counts: int64 [items], how often each occurs, taken for its share of the positives (exact where every item
+        of a session is one).
+        """
         super().__init__()
         self.spec = spec
         self.sampler = UnigramSampler(counts, spec.sampled_exponent) if spec.sampled_negatives else None
@@ -122,8 +124,7 @@ class Contrast(nn.Module):
             expected += max(1, len(pool.batch.positives) - 1) * share
         if self.sampler is not None:
             expected += self.spec.sampled_negatives * self.sampler.probability[items]
-        if len(pool.mined.rows):
-            expected += pool.mined.expected(items)
+        expected += pool.mined.expected(items)
         return torch.from_numpy((self.spec.logq * np.log(np.maximum(expected, 1e-30))).astype(np.float32))
 
     def backward(self, query: Tensor, item: Tensor, extra: Tensor, pool: Pool, *, chunk: int) -> float:

@@ -85,6 +85,8 @@ def describe(chunks: Iterable[pa.Array]) -> tuple[Feature, Vocabulary | None]:
         moments.add(numbers[~np.isnan(numbers)].astype(np.float64))
     if not moments.num:
         raise DataError("there are no numbers: every row is null")
+    if not math.isfinite(moments.mean):
+        raise DataError("the numbers are too large to be standardised: their squares overflow; scale them down")
     if kind == "number":
         return Feature(kind, width, moments.mean, _inverse(moments.variance)), None
     return Feature(kind, width, 0.0, _inverse(moments.variance + moments.mean**2)), None
@@ -115,6 +117,9 @@ class _Moments:
 
     def add(self, values: npt.NDArray[np.float64]) -> None:
         if not len(values):
+            return
+        if not np.abs(values).max() < 1e150:
+            self.num, self.mean = self.num + len(values), math.inf  # `describe` refuses it
             return
         total, mean = self.num + len(values), float(values.mean())
         difference = mean - self.mean

@@ -39,9 +39,12 @@ class Lookups:
         names begin with it, which is taken off.
         """
         device = next(iter(rows.values())).device
-        found: dict[str, Tensor | Sequences] = {name: values.to(device) for name, values in self.numbers.items()}
-        found |= {name: self._block(rows[use.table], use) for name, use in self.uses.items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): block for name, block in found.items() if name.startswith(prefix)}
+        found: dict[str, Tensor | Sequences] = {}
+        for name in filter(lambda name: name.startswith(prefix), (*self.numbers, *self.uses)):
+            use = self.uses.get(name)
+            block = self.numbers[name].to(device) if use is None else self._block(rows[use.table], use)
+            found[name.removeprefix(prefix)] = block
+        return found
 
     @staticmethod
     def _block(rows: Tensor, use: _Use) -> Tensor | Sequences:

@@ -129,6 +129,19 @@ def _check_contrast(model: ModelSettings) -> None:
         raise SettingError("model.objective", "ccl compares cosines: set model.normalize")
     if model.learn_temperature and (model.objective == "ccl" or (model.objective == "triplet" and model.margin > 0.0)):
         raise SettingError("model.learn_temperature", f"{model.objective} with a margin has no temperature to learn")
+    softmax = model.objective in ("info_nce", "nt_xent")
+    idle = {
+        "logq": not softmax,
+        "logq_positive": not softmax,
+        "margin": softmax,
+        "negative_weight": model.objective != "ccl",
+        "triplet_negative": model.objective != "triplet",
+        "sampled_exponent": not model.sampled_negatives,
+        **{f"mined_{name}": not model.mined_negatives for name in ("every", "skip", "take", "margin")},
+    }
+    for name, without_effect in idle.items():
+        if without_effect and getattr(model, name) != getattr(ModelSettings, name):
+            raise SettingError(f"model.{name}", "has no effect with the other settings of the model: leave it out")
     low, high = TEMPERATURES
     if model.learn_temperature and not low <= model.temperature <= high:
         raise SettingError(
@@ -217,4 +230,5 @@ def build_model(config: Config, prepared: Prepared, *, device: torch.device, thr
         dense_learning_rate=train.dense_learning_rate,
         seed=train.seed,
         device=device,
+        unknown_row=len(prepared.keys["item"].keys) if prepared.keys["item"].unknown == "row" else -1,
     )

@@ -85,8 +85,9 @@ class StreamingFrequency(nn.Module):
 
     def share(self, items: np.ndarray) -> np.ndarray:
         """The estimate for each of `items`, float64 [n]; of items that were not met yet, half an event."""
-        gap = np.take_along_axis(self.gap.numpy(), self._slots(items), axis=1).max(axis=0)
-        share: np.ndarray = 1.0 / np.where(gap > 0.0, gap, 2.0 * (1.0 + self.clock.item()))
+        gap = np.take_along_axis(self.gap.numpy(), self._slots(items), axis=1)
+        gap = np.where(gap > 0.0, gap, 2.0 * (1.0 + self.clock.item()))  # an empty slot: no other item was met there
+        share: np.ndarray = 1.0 / gap.max(axis=0)
         return share
 
     def _slots(self, items: np.ndarray) -> np.ndarray:

@@ -199,9 +199,11 @@ def _shape(config: Config) -> dict[str, Any]:
 def check_feature_names(setting: str, names: Iterable[str]) -> None:
     """Raises SettingError for a feature column whose name cannot name a table or file, or has a meaning of its own."""
     for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9_]{1,64}", name):
-            raise SettingError(setting, f"column `{name}`: rename it to letters, digits and _, at most 64 of them")
-        if name in ("user", "history", "last_item", "item"):
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
+            raise SettingError(
+                setting, f"column `{name}`: rename it to at most 64 letters, digits and _, beginning with a letter"
+            )
+        if name in ("user", "history", "last_item", "item") or name.startswith("model_"):
             raise SettingError(setting, f"column `{name}`: this name has a meaning of its own; rename the column")
 
 

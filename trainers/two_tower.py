@@ -74,11 +74,13 @@ class TwoTower:
         dense_learning_rate: float,
         seed: int,
         device: torch.device,
+        unknown_row: int = -1,
     ) -> None:
-        """counts: int64 [items], how often each is a positive; rows: key map -> table rows; item_values: item feature
-        -> its values of all items. What the settings mean: `lexshard config`.
+        """counts: int64 [items], how often each occurs; rows: key map -> table rows; item_values: item feature -> its
+        values of all items; unknown_row: the item row of unknown keys, -1 for none. What the settings mean: `lexshard
+        config`.
         """
-        self.num_items, self.counts = len(counts), counts
+        self.num_items, self.counts, self._unknown_row = len(counts), counts, unknown_row
         self._item_values = dict(item_values)
         self._described = np.zeros(self.num_items, bool)  # items of which a feature is known
         for values in item_values.values():
@@ -267,10 +269,9 @@ class TwoTower:
         return input_rows(self.item_tower.spec, history=None, single=single)
 
     def encode_queries(self, history: Ragged, single: Mapping[str, Given]) -> Tensor:
-        """Query vectors of n cases: float32 [n, dim]; items that training never sees are passed over. A collective
-        call.
-        """
-        history = history.keep(self.counts[history.values] > 0)
+        """Query vectors of n cases: float32 [n, dim]; items that training never sees are unknown. A collective call."""
+        rows = np.where(self.counts[history.values] > 0, history.values, self._unknown_row)
+        history = history.with_values(rows).keep(rows >= 0)
         inputs = input_rows(self.query_tower.spec, history=history, single=single)
         with torch.no_grad():
             return self.query_tower(read_blocks(self.tables, inputs, self._table_of))  # type: ignore[no-any-return]

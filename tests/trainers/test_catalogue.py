@@ -56,7 +56,7 @@ def brute_force(
         one = found.take(np.array([i]))
         scores = model.items[:num_candidates] @ model.encode_queries(one.history, one.single)[0].numpy()
         if (
-            not model.counts[history].any() and one.single["user"][0] < 0
+            not model.counts[[row for row in history if row < num_candidates]].any() and one.single["user"][0] < 0
         ):  # nothing is known: the most frequent, which are the first rows
             scores = -np.arange(num_candidates, dtype=np.float64)
         order = [row for row in np.argsort(-scores) if not (mask_seen and row in history)][: max(ks)]
