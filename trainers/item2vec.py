@@ -124,7 +124,10 @@ class Item2Vec:
         """
         items = batch.items
         cuts = equal_shares(items.offsets, self._threads)
-        parts = [self._part(items.slice(*cut), seed * 1_000_003 + i) for i, cut in enumerate(itertools.pairwise(cuts))]
+        parts = [
+            self._part(items.slice(*cut), (seed * 1_000_003 + i) % 2**63)
+            for i, cut in enumerate(itertools.pairwise(cuts))
+        ]
         source, source_places = deduplicate({str(i): rows[:sources] for i, (_, rows, sources) in enumerate(parts)})
         target, target_places = deduplicate({str(i): rows for i, (_, rows, _) in enumerate(parts)})
         return _Block(

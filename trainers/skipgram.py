@@ -180,7 +180,8 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
                         for o in range(num_outputs):
                             if o == 0 or output[o] != own:
                                 product = change[i * columns + o]
-                                loss += np.log1p(np.exp(-product if o == 0 else product))
+                                loss += max(np.float32(0.0), -product if o == 0 else product)
+                                loss += np.log1p(np.exp(-abs(product)))
                 for j in range(count * columns):
                     # -rate * sigmoid(x) = -rate * (1 + tanh(x / 2)) / 2, tanh as Eigen's rational function
                     x = min(max(change[j] * np.float32(0.5), np.float32(-7.9)), np.float32(7.9))
