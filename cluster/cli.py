@@ -164,6 +164,8 @@ def _interchange(args: Arguments) -> int:
 
 
 def _evaluate(args: Arguments) -> int:
+    if args.word_pairs or args.analogies:
+        return _evaluate_words(args)
     from cluster.console import table
     from trainers.evaluate import evaluate
 
@@ -175,6 +177,22 @@ def _evaluate(args: Arguments) -> int:
     rows = [[r["what"], r["search"], *[f"{r[name]:.4f}" for name in names]] for r in report["results"]]
     print(f"{report['num_cases']:,} cases of {report['cases']}")
     print(table(("", "search", *names), rows))
+    return 0
+
+
+def _evaluate_words(args: Arguments) -> int:
+    for name in ("cases", "set"):
+        if getattr(args, name):
+            raise SettingError(f"--{name}", "has no effect with --word-pairs or --analogies")
+    from cluster.console import table
+    from trainers.words import evaluate_words
+
+    report = evaluate_words(args.path, pairs=args.word_pairs, analogies=args.analogies, which=args.which)
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    rows = [[row["what"], f"{row['score']:.4f}", f"{row['used']:,} of {row['given']:,}"] for row in report]
+    print(table(("", "score", "known"), rows))
     return 0
 
 

@@ -46,6 +46,7 @@ class DataSettings:
     valid: str = setting("", "validation cases (history + ground truth); empty: held out of train, see holdout")
     test: str = setting("", "test cases, read by `lexshard evaluate` only")
     items: str = setting("items", "column of item keys: list or large_list of int64, string or dictionary")
+    text: bool = setting(False, "the items column of `train` holds text, and the keys are its words (white space)")
     user: str = setting("", "column of the user key; empty: sessions have no user")
     history: str = setting(
         "history",

@@ -37,8 +37,8 @@ def run_recipe(name: str, ks: str, *settings: str) -> dict[str, Any]:
         overrides = [f"run={folder}/run", *settings]
         flags = [part for setting in overrides for part in ("--set", setting)]
         started = time.monotonic()
-        trained = _lexshard(["train", str(RECIPES / f"{name}.toml"), "--json", *flags], environment)
-        report = _lexshard(["evaluate", f"{folder}/run", "--which", "last", "--json", "--k", ks], environment)
+        trained = lexshard(["train", str(RECIPES / f"{name}.toml"), "--json", *flags], environment)
+        report = lexshard(["evaluate", f"{folder}/run", "--which", "last", "--json", "--k", ks], environment)
         return {
             "seconds": round(trained["seconds"], 1),
             "wall_seconds": round(time.monotonic() - started, 1),
@@ -49,7 +49,7 @@ def run_recipe(name: str, ks: str, *settings: str) -> dict[str, Any]:
         }
 
 
-def _lexshard(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+def lexshard(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "cluster.cli", *arguments]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
