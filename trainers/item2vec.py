@@ -7,7 +7,7 @@ against the session's input vectors, which is what the objective trains for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -23,13 +23,13 @@ from embedding_service.towers import Tower, TowerInput, TowerSpec, input_rows
 from trainers import skipgram
 from trainers.examples import TokenBlock, TokenPlan, equal_shares
 from trainers.lookups import read_blocks
-from trainers.merge import temper
+from trainers.merge import principal_axes, temper
 from trainers.negatives import UnigramSampler, keep_probability
 from trainers.prepare import Sessions
 
 _TABLES = {"input": "input", "item": "output"}  # vector set of the artifact -> table
 _REUSE = 8  # how often a drawn negative is used in a block, on average: fewer distinct rows to look up
-_SAMPLE = 4096  # rows that a second moment is estimated from
+_SAMPLE = 2048  # rows that a second moment is estimated from
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class _Learned:
     target: np.ndarray
     loss: float
     pairs: int
+    contexts: float  # of a token, on average
+    samples: tuple[np.ndarray, ...]  # rows as they are now: input and output rows of tokens, output rows of negatives
 
 
 class Item2Vec:
@@ -156,11 +158,20 @@ class Item2Vec:
         found = self.tables.lookup({"input": torch.from_numpy(block.source), "output": torch.from_numpy(block.target)})
         before = [found[name].detach().cpu().numpy() for name in ("input", "output")]
 
-        def learn(part: _Part) -> _Learned:
-            return self._learn(part, before[0], before[1], rate * self._learning_rate)
-
+        num_parts = self._threads * dist.get_world_size()
         with ThreadPoolExecutor(len(block.parts)) as pool:
-            learned = list(pool.map(learn, block.parts))
+            learned = list(
+                pool.map(lambda part: self._learn(part, before[0], before[1], rate * self._learning_rate), block.parts)
+            )
+            if num_parts > 1:
+                axes = [principal_axes(moment) for moment in self._partner_moments(block.parts, learned)]
+
+                def merge(part: _Part, result: _Learned) -> None:
+                    exposures = self._exposures(part, result)
+                    for change, steps, own in zip((result.source, result.target), exposures, axes, strict=True):
+                        temper(change, rate * self._learning_rate * steps, own, num_parts)
+
+                list(pool.map(merge, block.parts, learned))
         gradients = [np.zeros_like(rows) for rows in before]
         for part, result in zip(block.parts, learned, strict=True):
             skipgram.subtract_rows(gradients[0], part.source, result.source)
@@ -174,7 +185,7 @@ class Item2Vec:
         return loss, pairs
 
     def _learn(self, part: _Part, source_rows: np.ndarray, target_rows: np.ndarray, rate: float) -> _Learned:
-        """SGD over the part on copies of its rows, and what it may add to the tables beside the other parts."""
+        """SGD over the part on copies of its rows."""
         source, target = skipgram.take_rows(source_rows, part.source), skipgram.take_rows(target_rows, part.target)
         loss, pairs, contexts = skipgram.run_block(
             source,
@@ -188,39 +199,46 @@ class Item2Vec:
             learning_rate=rate,
             seed=part.seed,
         )
-        num_parts = self._threads * dist.get_world_size()
-        learned = [
+        samples = (source[_sample(part.tokens)], target[_sample(part.tokens)], target[_sample(part.negatives)])
+        return _Learned(
             skipgram.difference(source, source_rows, part.source),
             skipgram.difference(target, target_rows, part.target),
-        ]
-        if num_parts > 1 and contexts:
-            exposures, moments = self._curvature(part, source, target, contexts / len(part.tokens))
-            for change, exposure, moment in zip(learned, exposures, moments, strict=True):
-                temper(change, rate * exposure, moment, num_parts)
-        return _Learned(learned[0], learned[1], loss, pairs)
-
-    def _curvature(
-        self, part: _Part, source: np.ndarray, target: np.ndarray, contexts: float
-    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """For `temper`, of both tables' rows: how many steps each has taken, and the second moment of its partners.
-
-        contexts: a token's on average. An input row meets a target and its negatives each time it is a context; an
-        output row meets every query of its position, and of the positions that draw it.
-        """
-        dim, num_negatives = self.query_tower.spec.dim, self._num_negatives
-        count = np.bincount(part.tokens, minlength=len(target))
-        drawn = np.bincount(part.negatives, minlength=len(target)) * (
-            num_negatives * len(part.tokens) / max(1, len(part.negatives))
+            loss,
+            pairs,
+            contexts / max(1, len(part.tokens)),
+            samples,
         )
-        queries = _second_moment(source[:, :dim], part.tokens)
-        if self._cbow:  # the mean of `contexts` rows
-            center = source[_sample(part.tokens), :dim].mean(0)
-            queries = queries / contexts + (1.0 - 1.0 / contexts) * np.outer(center, center)
-        outputs = _second_moment(target[:, :dim], part.tokens)
-        outputs = (outputs + num_negatives * _second_moment(target[:, :dim], part.negatives)) / (1 + num_negatives)
-        source_steps = contexts * (1 + num_negatives) * count[: len(source)]
-        target_steps = (1.0 if self._cbow else contexts) * (count + drawn)
-        return (source_steps, target_steps), (outputs, queries)
+
+    def _exposures(self, part: _Part, learned: _Learned) -> tuple[np.ndarray, np.ndarray]:
+        """How many steps each input and each output row has taken, all partners counted: float64 [u], [v].
+
+        An input row meets a target and its negatives each time it is a context; an output row meets every query of its
+        position, and of the positions that draw it.
+        """
+        count = np.bincount(part.tokens, minlength=len(part.target))
+        drawn = np.bincount(part.negatives, minlength=len(part.target)) * (
+            self._num_negatives * len(part.tokens) / max(1, len(part.negatives))
+        )
+        source_steps = learned.contexts * (1 + self._num_negatives) * count[: len(part.source)]
+        return source_steps, (1.0 if self._cbow else learned.contexts) * (count + drawn)
+
+    def _partner_moments(self, parts: Sequence[_Part], learned: Sequence[_Learned]) -> tuple[np.ndarray, np.ndarray]:
+        """E[p p'] over the partners p of input rows, and of output rows: float32 [dim, dim] each, of a sample."""
+        dim, num_negatives = self.query_tower.spec.dim, self._num_negatives
+        source, own, drawn = (
+            torch.from_numpy(np.concatenate([one.samples[i][:, :dim] for one in learned])) for i in range(3)
+        )
+        contexts = max(
+            1.0,
+            sum(len(p.tokens) * one.contexts for p, one in zip(parts, learned, strict=True))
+            / max(1, sum(len(p.tokens) for p in parts)),
+        )
+        queries = source.T @ source / max(1, len(source))
+        if self._cbow and len(source):  # the mean of `contexts` rows
+            center = source.mean(0)
+            queries = queries / contexts + (1.0 - 1.0 / contexts) * torch.outer(center, center)
+        outputs = own.T @ own / max(1, len(own)) + num_negatives * (drawn.T @ drawn) / max(1, len(drawn))
+        return (outputs / (1 + num_negatives)).numpy(), queries.numpy()
 
     def encode_queries(self, history: Ragged, single: Mapping[str, np.ndarray]) -> Tensor:
         """Query vectors of n histories: float32 [n, dim]. A collective call."""
@@ -251,10 +269,3 @@ class Item2Vec:
 def _sample(rows: np.ndarray) -> np.ndarray:
     """About `_SAMPLE` of `rows`, evenly spaced."""
     return rows[:: max(1, len(rows) // _SAMPLE)]
-
-
-def _second_moment(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Mean of p p' over the vectors p = table[rows], of a sample: float32 [dim, dim]."""
-    vectors = table[_sample(rows)]
-    moment: np.ndarray = vectors.T @ vectors / len(vectors)
-    return moment

@@ -7,12 +7,21 @@ sum would carry it k times as far, and from about eight workers on training dive
 
 from __future__ import annotations
 
+import numba
 import numpy as np
+import torch
 
-_NEGLIGIBLE = 0.05  # (k - 1) * t * h below this: the factor is above .975
+_NEGLIGIBLE = 0.05  # (k - 1) * a below this: the factor is above .975
 
 
-def temper(difference: np.ndarray, exposure: np.ndarray, moment: np.ndarray, num_parts: int) -> None:
+def principal_axes(moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and eigenvectors of H = `moment` / 4 [dim, dim]: float32 [dim] descending, [dim, dim] a row each."""
+    values, vectors = torch.linalg.eigh(torch.from_numpy(moment).double() / 4)  # torch's threads are the worker's own
+    descending = values.flip(0).clamp(min=0.0).float().numpy()
+    return descending, np.ascontiguousarray(vectors.flip(1).T.float().numpy())
+
+
+def temper(difference: np.ndarray, exposure: np.ndarray, axes: tuple[np.ndarray, np.ndarray], num_parts: int) -> None:
     """Shrink one part's `difference` in place such that the sum over `num_parts` parts is one of them k times as long.
 
     A row under logistic loss against partners p descends on a Hessian H of at most E[p p'] / 4 (Böhning 1992). Steps of
@@ -24,22 +33,39 @@ def temper(difference: np.ndarray, exposure: np.ndarray, moment: np.ndarray, num
     in the directions of H's eigenvectors: 1 where little was learned, 1 / k where the optimum was reached. What rows
     have in common is learned fast and what tells them apart is not, so a factor for the row as a whole would not do.
 
-    difference: float32 [n, dim]; exposure: float [n], the summed rate t of each row's steps; moment: float [dim, dim],
-    E[p p'] over those steps. Needs nothing from other parts, whose data are taken to be as its own.
+    difference: float32 [n, dim]; exposure: float64 [n], the summed rate t of each row's steps; axes: H's, see
+    `principal_axes`. Needs nothing from other parts, whose data are taken to be as its own.
     """
-    if num_parts == 1:
-        return
-    values, vectors = np.linalg.eigh(moment.astype(np.float64) / 4)
-    values = values.clip(0.0)
-    fast = np.flatnonzero(exposure * values[-1] * (num_parts - 1) > _NEGLIGIBLE)
-    basis = vectors.astype(np.float32)
-    turned = difference[fast] @ basis
-    turned *= sum_factor(np.multiply.outer(exposure[fast], values), num_parts)
-    difference[fast] = turned @ basis.T
+    if num_parts > 1:
+        _temper(difference, exposure, *axes, num_parts)
 
 
-def sum_factor(exposure: np.ndarray, num_parts: int) -> np.ndarray:
-    """f(a) of `temper` for a = `exposure` >= 0, elementwise: float32."""
-    small = np.maximum(exposure, 1e-6)
-    factor: np.ndarray = np.expm1(-num_parts * small) / (num_parts * np.expm1(-small))
-    return factor.astype(np.float32)
+@numba.njit("float64(float64, int64)", nogil=True, cache=True)
+def sum_factor(exposure: float, num_parts: int) -> float:
+    """f(a) of `temper` for a = `exposure` > 0."""
+    return float(np.expm1(-num_parts * exposure) / (num_parts * np.expm1(-exposure)))
+
+
+@numba.njit(
+    "void(float32[:, ::1], float64[::1], float32[::1], float32[:, ::1], int64)", nogil=True, fastmath=True, cache=True
+)
+def _temper(difference, exposure, values, vectors, num_parts):  # type: ignore[no-untyped-def]
+    dim = difference.shape[1]
+    change = np.empty(dim, np.float32)
+    for i in range(difference.shape[0]):
+        row = difference[i]
+        for d in range(dim):
+            change[d] = np.float32(0.0)
+        for j in range(dim):
+            learned = exposure[i] * values[j]
+            if learned * (num_parts - 1) <= _NEGLIGIBLE:
+                break
+            axis = vectors[j]
+            along = np.float32(0.0)
+            for d in range(dim):
+                along += row[d] * axis[d]
+            along *= np.float32(sum_factor(learned, num_parts) - 1.0)
+            for d in range(dim):
+                change[d] += along * axis[d]
+        for d in range(dim):
+            row[d] += change[d]

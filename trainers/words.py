@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from cluster.config import Config, config_from_dict, config_to_dict, load_config
+from cluster.config import config_from_dict, config_to_dict, load_config
 from cluster.errors import DataError
 from cluster.launch import launch
 from cluster.rank import current_rank
 from embedding_service.artifact import Artifact
 from embedding_service.exact import unit_length
-from embedding_service.keys import Vocabulary
 from trainers.evaluate import load_trained
 from trainers.prepare import load_prepared
 
@@ -31,17 +30,43 @@ def evaluate_words(
     "score", "used", "given"} for every file of pairs (Spearman) and every section of analogies (accuracy), whose `used`
     lines of the `given` ones have known words only. Raises LexshardError.
     """
-    keys, vectors = _word_vectors(Path(path), which)
-    rows = {str(key).lower(): row for row, key in reversed(list(enumerate(keys.keys.to_pylist())))}
+    folder = Path(path)
+    questions: dict[str, Any] = {"pairs": list(pairs), "analogies": list(analogies), "top": top}
+    if (folder / "config.toml").exists():
+        config = load_config(folder / "config.toml", [f"run={folder}"])
+        settings = {"config": config_to_dict(config), "which": which, **questions}
+        report: list[dict[str, Any]] = launch(
+            _evaluate_checkpoint, settings, workers=1, engine="inline", storage=str(folder)
+        )
+        return report
+    artifact = Artifact.open(folder)
+    name = "input" if "input" in artifact.manifest["vectors"] else "item"
+    keys = artifact.keys(artifact.manifest["vectors"][name]["keys"])
+    return score_words(keys.keys.to_pylist(), artifact.vectors(name).take(np.arange(len(keys.keys))), **questions)
+
+
+def _evaluate_checkpoint(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    config = config_from_dict(settings.pop("config"))
+    prepared, place = load_prepared(config.run), current_rank(config.cluster.device)
+    model, _ = load_trained(config, prepared, place, which=settings.pop("which"))
+    keys = prepared.keys["item"].keys.to_pylist()
+    return score_words(keys, model.vectors(model.similar_set, 0, len(keys)).cpu().numpy(), **settings)
+
+
+def score_words(
+    words: Sequence[Any], vectors: np.ndarray, *, pairs: Sequence[str], analogies: Sequence[str], top: int = 30_000
+) -> list[dict[str, Any]]:
+    """The report of `evaluate_words` for vectors float32 [n, dim] of n words, most frequent first."""
+    rows = {str(word).lower(): row for row, word in reversed(list(enumerate(words)))}
     vectors = unit_length(vectors)
-    report = []
+    report: list[dict[str, Any]] = []
     for file in pairs:
-        words, scores = read_pairs(file)
-        found = np.array([[rows.get(word, -1) for word in one] for one in words])
+        listed, scores = read_pairs(file)
+        found = np.array([[rows.get(word, -1) for word in pair] for pair in listed])
         known = (found >= 0).all(axis=1)
         left, right = vectors[found[known].T]
         value = spearman((left * right).sum(axis=1), scores[known])
-        report.append({"what": file, "score": value, "used": int(known.sum()), "given": len(words)})
+        report.append({"what": file, "score": value, "used": int(known.sum()), "given": len(listed)})
     for file in analogies:
         for section, questions in read_analogies(file).items():
             found = np.array([[rows.get(word, len(vectors)) for word in one] for one in questions])
@@ -129,26 +154,3 @@ def _lines(file: str) -> list[tuple[int, str]]:
         raise DataError(f"cannot be read as text: {error}", file=file) from None
     numbered = enumerate(text.splitlines(), start=1)
     return [(number, line) for number, line in numbered if line.strip() and not line.startswith("#")]
-
-
-def _word_vectors(folder: Path, which: str) -> tuple[Vocabulary, np.ndarray]:
-    """(keys, float32 [n, dim]) of what compares words: item2vec's input vectors. Raises LexshardError."""
-    if (folder / "config.toml").exists():
-        config = load_config(folder / "config.toml", [f"run={folder}"])
-        settings = {"config": config_to_dict(config), "which": which}
-        keys = load_prepared(folder).keys["item"]
-        vectors = launch(_checkpoint_vectors, settings, workers=1, engine="inline", storage=str(folder))
-        return keys, vectors[: len(keys.keys)]
-    artifact = Artifact.open(folder)
-    name = "input" if "input" in artifact.manifest["vectors"] else "item"
-    keys = artifact.keys(artifact.manifest["vectors"][name]["keys"])
-    return keys, artifact.vectors(name).take(np.arange(len(keys.keys)))
-
-
-def _checkpoint_vectors(settings: dict[str, Any]) -> np.ndarray:
-    config: Config = config_from_dict(settings["config"])
-    model, _ = load_trained(
-        config, load_prepared(config.run), current_rank(config.cluster.device), which=settings["which"]
-    )
-    vectors: np.ndarray = model.vectors(model.similar_set, 0, model.num_items).cpu().numpy()
-    return vectors

@@ -32,11 +32,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedding_service.exact import unit_length
 from tests.benchmarks.recipes import RECIPES, data_folder, lexshard, progress
-from trainers.words import analogy_accuracy, read_analogies, read_pairs, spearman
+from trainers.words import score_words
 
-DIM, WINDOW, NEGATIVES, SUBSAMPLE, MIN_COUNT, TOP = 100, 5, 5, 1e-3, 5, 30_000
+DIM, WINDOW, NEGATIVES, SUBSAMPLE, MIN_COUNT = 100, 5, 5, 1e-3, 5
 PAIRS = {"wordsim": "wordsim353.tsv", "simlex": "simlex999.txt", "men": "men3000.txt"}
 ANALOGIES = "questions-words.txt"
 MERGE_BLOCK = 16_384  # items per simulated worker and step
@@ -133,17 +132,11 @@ class Bench:
     def ours(self, *settings: str) -> Run:
         trained = self._train(*settings)
         files = [part for name in PAIRS.values() for part in ("--word-pairs", str(self.data / name))]
-        command = ["evaluate", trained["run"], "--which", "last", "--json", *files]
-        report = lexshard([*command, "--analogies", str(self.data / ANALOGIES)], dict(os.environ))
-        rows = {row["what"]: row for row in report}
-        scores = {name: rows[str(self.data / file)]["score"] for name, file in PAIRS.items()}
-        sections = [row for name, row in rows.items() if is_scored(name) and row["used"]]
-        right = sum(row["score"] * row["used"] for row in sections)
-        return self._run(
-            "lexshard " + " ".join(settings),
-            trained["seconds"],
-            scores | {"analogies": right / sum(row["used"] for row in sections)},
+        analogies = ("--analogies", str(self.data / ANALOGIES))
+        report = lexshard(
+            ["evaluate", trained["run"], "--which", "last", "--json", *files, *analogies], dict(os.environ)
         )
+        return self._run("lexshard " + " ".join(settings), trained["seconds"], report)
 
     def _train(self, *settings: str) -> dict[str, Any]:
         chosen = [f"run={self.folder}/run", f"train.epochs={self.epochs}", "train.validate_every=0", *settings]
@@ -168,7 +161,7 @@ class Bench:
         )
         seconds = time.perf_counter() - started
         name = "gensim, CBOW" if cbow else "gensim"
-        return self._run(name, seconds, self._scores(model.wv.index_to_key, model.wv.vectors))
+        return self._run(name, seconds, self._report(model.wv.index_to_key, model.wv.vectors))
 
     def fasttext(self) -> Run:
         import fasttext
@@ -181,26 +174,18 @@ class Bench:
         seconds = time.perf_counter() - started
         words = [word for word in model.words if word != "</s>"]
         vectors = np.stack([model.get_word_vector(word) for word in words])
-        return self._run("fastText", seconds, self._scores(words, vectors))
+        return self._run("fastText", seconds, self._report(words, vectors))
 
-    def _scores(self, words: list[str], vectors: np.ndarray) -> dict[str, float]:
+    def _report(self, words: list[str], vectors: np.ndarray) -> list[dict[str, Any]]:
         """As `lexshard evaluate` scores ours; words: most frequent first."""
-        rows = {word: row for row, word in reversed(list(enumerate(words)))}
-        vectors = unit_length(vectors)
-        scores = {}
-        for name, file in PAIRS.items():
-            pairs, given = read_pairs(str(self.data / file))
-            found = np.array([[rows.get(word, -1) for word in pair] for pair in pairs])
-            known = (found >= 0).all(axis=1)
-            left, right = vectors[found[known].T]
-            scores[name] = spearman((left * right).sum(axis=1), given[known])
-        sections = read_analogies(str(self.data / ANALOGIES))
-        questions = [one for name, listed in sections.items() if is_scored(name) for one in listed]
-        found = np.array([[rows.get(word, TOP) for word in one] for one in questions])
-        scores["analogies"] = analogy_accuracy(vectors, found[(found < TOP).all(axis=1)], top=TOP)
-        return scores
+        files = [str(self.data / name) for name in PAIRS.values()]
+        return score_words(words, vectors, pairs=files, analogies=[str(self.data / ANALOGIES)])
 
-    def _run(self, name: str, seconds: float, scores: dict[str, float]) -> Run:
+    def _run(self, name: str, seconds: float, report: list[dict[str, Any]]) -> Run:
+        rows = {row["what"]: row for row in report}
+        scores = {key: rows[str(self.data / file)]["score"] for key, file in PAIRS.items()}
+        sections = [row for what, row in rows.items() if is_scored(what) and row["used"]]
+        scores["analogies"] = sum(row["score"] * row["used"] for row in sections) / sum(row["used"] for row in sections)
         run = {
             "words_per_second": round(self.num_words * self.epochs / seconds),
             "scores": {key: round(value, 4) for key, value in scores.items()},
