@@ -28,7 +28,7 @@ from trainers.negatives import UnigramSampler, keep_probability
 from trainers.prepare import Sessions
 
 _TABLES = {"input": "input", "item": "output"}  # vector set of the artifact -> table
-_REUSE = 8  # how often a drawn negative is used in a block, on average: fewer distinct rows to look up
+_REUSE = 2  # how often a drawn negative is used in a block, on average; with 8, eight workers disagree about them
 _SAMPLE = 2048  # rows that a second moment is estimated from
 
 
