@@ -99,6 +99,20 @@ def _add_training(add: Add) -> None:
         help="test cases; `valid` for the run's validation cases (default: data.test)",
     )
     sub.add_argument("--k", type=_numbers, default=(10, 20), metavar="N,N", help="cut-offs (default 10,20)")
+    sub.add_argument(
+        "--word-pairs",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="lines `word word score`: Spearman's correlation of the vectors' cosines with them; may be repeated",
+    )
+    sub.add_argument(
+        "--analogies",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="lines `a b c d` in sections `: name`: how often d is found; may be repeated",
+    )
     sub.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint to measure")
     sub.add_argument("--json", action="store_true", help="for programs")
     _add_set(sub)

@@ -164,6 +164,8 @@ def _interchange(args: Arguments) -> int:
 
 
 def _evaluate(args: Arguments) -> int:
+    if args.word_pairs or args.analogies:
+        return _evaluate_words(args)
     from cluster.console import table
     from trainers.evaluate import evaluate
 
@@ -184,6 +186,22 @@ def _evaluate(args: Arguments) -> int:
     ]
     print("\nby the training interactions of the items that should be found")
     print(table(("", "search", "interactions", "items", *recalls), rows))
+    return 0
+
+
+def _evaluate_words(args: Arguments) -> int:
+    for name in ("cases", "set"):
+        if getattr(args, name):
+            raise SettingError(f"--{name}", "has no effect with --word-pairs or --analogies")
+    from cluster.console import table
+    from trainers.words import evaluate_words
+
+    report = evaluate_words(args.path, pairs=args.word_pairs, analogies=args.analogies, which=args.which)
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    rows = [[row["what"], f"{row['score']:.4f}", f"{row['used']:,} of {row['given']:,}"] for row in report]
+    print(table(("", "score", "known"), rows))
     return 0
 
 

@@ -46,6 +46,7 @@ class DataSettings:
     valid: str = setting("", "validation cases (history + ground truth); empty: held out of train, see holdout")
     test: str = setting("", "test cases, read by `lexshard evaluate` only")
     items: str = setting("items", "column of item keys: list or large_list of int64, string or dictionary")
+    text: bool = setting(False, "the items column of `train` holds text, and the keys are its words (white space)")
     user: str = setting("", "column of the user key; empty: sessions have no user")
     history: str = setting(
         "history",
@@ -95,6 +96,9 @@ class ModelSettings:
         0.8, "weight of a history item falls by this factor per step into the past (1: plain mean)", low=0.0, high=1.0
     )
     history_length: int = setting(20, "most recent history items that the query sees; 0: all", low=0)
+    architecture: Literal["skipgram", "cbow"] = setting(
+        "skipgram", "each context predicts the target, or their mean does (faster)", kind="item2vec"
+    )
     window: int = setting(0, "context window in items to each side; 0: the whole session", low=0, kind="item2vec")
     ordered: bool = setting(
         True, "sessions have an order; false: baskets, shuffled anew in every epoch", kind="item2vec"
@@ -273,7 +277,7 @@ class TrainSettings:
     seed: int = setting(0, "every random choice follows from this", low=0)
     threads: int = setting(
         0,
-        "threads per worker; 0: all cores divided by workers. More than 1 is not bit-reproducible for item2vec",
+        "threads per worker; 0: all cores divided by workers. Item2vec's result depends on their number",
         low=0,
     )
     validate_every: int = setting(1, "epochs between validations; 0: never", low=0)

@@ -120,7 +120,7 @@ def _training_histories(config: Config, keys: Mapping[str, Vocabulary], users: n
     wanted = np.zeros(keys["user"].num_rows, bool)
     wanted[users[users >= 0]] = True
     owners, parts = [np.empty(0, np.int64)], [_no_lists(0)]
-    columns = Columns(config.data.items, config.data.user)
+    columns = Columns(config.data.items, config.data.user, text=config.data.text)
     for batch in SessionReader(config.data.train, columns, bad_rows=config.data.bad_rows).stream():
         assert batch.user is not None
         owner = keys["user"].rows(batch.user)

@@ -51,14 +51,22 @@ class TokenPlan:
 
     def share(self, start: int, stop: int, rank: int, num_workers: int) -> tuple[int, int]:
         """The sessions of one worker: nearly equal numbers of items."""
-        offsets = self.items.offsets[start : stop + 1]
-        cuts = start + np.searchsorted(offsets, np.linspace(offsets[0], offsets[-1], num_workers + 1))
-        cuts[0], cuts[-1] = start, stop
-        return int(cuts[rank]), int(cuts[rank + 1])
+        cuts = equal_shares(self.items.offsets[start : stop + 1], num_workers)
+        return start + cuts[rank], start + cuts[rank + 1]
 
     def batch(self, start: int, stop: int, rank: int = 0, num_workers: int = 1) -> TokenBlock:
         """One worker's share of the step of the sessions start..stop - 1."""
         return TokenBlock(self.items.slice(*self.share(start, stop, rank, num_workers)))
+
+
+def equal_shares(offsets: np.ndarray, num: int) -> list[int]:
+    """Where to cut lists with these `offsets` int64 [n + 1] into `num` shares of nearly equal numbers of values.
+
+    Returns num + 1 list numbers from 0 to n, ascending.
+    """
+    cuts = np.searchsorted(offsets, np.linspace(offsets[0], offsets[-1], num + 1))
+    cuts[0], cuts[-1] = 0, len(offsets) - 1
+    return [int(cut) for cut in cuts]
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ against the session's input vectors, which is what the objective trains for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from embedding_service.ragged import Ragged
@@ -18,27 +21,52 @@ from embedding_service.sharding import ShardedTables
 from embedding_service.tables import Precision, TableSpec, deduplicate
 from embedding_service.towers import Given, Tower, TowerInput, TowerSpec, input_rows
 from trainers import skipgram
-from trainers.examples import TokenBlock, TokenPlan
+from trainers.examples import TokenBlock, TokenPlan, equal_shares
 from trainers.lookups import read_blocks
+from trainers.merge import principal_axes, temper
 from trainers.negatives import UnigramSampler, keep_probability
 from trainers.prepare import Sessions
 
 _TABLES = {"input": "input", "item": "output"}  # vector set of the artifact -> table
+_REUSE = 2  # how often a drawn negative is used in a block, on average; with 8, eight workers disagree about them
+_SAMPLE = 2048  # rows that a second moment is estimated from
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A thread's share of a block of sessions; tokens and negatives are indices into its own distinct rows."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    negatives: np.ndarray
+    source: np.ndarray  # its rows of the input table, as places in the block's; the first of `target`
+    target: np.ndarray
+    seed: int
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of sessions, ready: distinct rows of both tables, and everything else as indices into them."""
+    """A block of sessions, ready: the distinct rows of both tables, and what each thread does with them."""
 
-    rows: np.ndarray
-    tokens: np.ndarray
-    offsets: np.ndarray
-    negatives: np.ndarray
-    seed: int
+    source: np.ndarray
+    target: np.ndarray
+    parts: tuple[_Part, ...]
 
     @property
     def num_examples(self) -> int:
-        return len(self.tokens)
+        return sum(len(part.tokens) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What a part has added to its rows, and the loss of a sample of its targets."""
+
+    source: np.ndarray
+    target: np.ndarray
+    loss: float
+    pairs: int
+    contexts: float  # of a token, on average
+    samples: tuple[np.ndarray, ...]  # rows as they are now: input and output rows of tokens, output rows of negatives
 
 
 class Item2Vec:
@@ -51,6 +79,7 @@ class Item2Vec:
         dim: int,
         precision: Precision,
         init_scale: float,
+        cbow: bool,
         window: int,
         ordered: bool,
         num_negatives: int,
@@ -64,7 +93,7 @@ class Item2Vec:
         threads: int,
         device: torch.device,
     ) -> None:
-        """counts: int64 [rows], how often each item occurs in training."""
+        """counts: int64 [rows], how often each item occurs in training; block_items: items of a worker's step."""
         self.num_items, self.counts = len(counts), counts
         self.tables = ShardedTables(
             [
@@ -82,7 +111,7 @@ class Item2Vec:
         self.dense_optimizer: torch.optim.Optimizer | None = None
         self._sampler = UnigramSampler(counts, negative_exponent)
         self._keep = keep_probability(counts, subsample)
-        self._window, self._ordered, self._num_negatives = window, ordered, num_negatives
+        self._cbow, self._window, self._ordered, self._num_negatives = cbow, window, ordered, num_negatives
         self._block_items, self._learning_rate, self._threads = block_items, learning_rate, threads
 
     def plan(self, sessions: Sessions, numbers: tuple[int, ...]) -> TokenPlan:
@@ -92,38 +121,124 @@ class Item2Vec:
         )
 
     def prepare(self, batch: TokenBlock, seed: int) -> _Block:
-        """Draw the block's negatives and find its distinct rows; needs no other worker, so it can run ahead."""
-        num = max(1, len(batch.items.values) * self._num_negatives // 2) if len(batch.items.values) else 0
-        uses = {"tokens": batch.items.values, "negatives": self._sampler.draw(num, seed)}
-        rows, index = deduplicate(uses)
-        return _Block(rows, index["tokens"], batch.items.offsets, index["negatives"], seed)
+        """Draw negatives and find distinct rows, for each thread and for all; needs no other worker, so it can run
+        ahead.
+        """
+        items = batch.items
+        cuts = equal_shares(items.offsets, self._threads)
+        parts = [
+            self._part(items.slice(*cut), (seed * 1_000_003 + i) % 2**63)
+            for i, cut in enumerate(itertools.pairwise(cuts))
+        ]
+        source, source_places = deduplicate({str(i): rows[:sources] for i, (_, rows, sources) in enumerate(parts)})
+        target, target_places = deduplicate({str(i): rows for i, (_, rows, _) in enumerate(parts)})
+        return _Block(
+            source,
+            target,
+            tuple(
+                replace(part, source=source_places[str(i)], target=target_places[str(i)])
+                for i, (part, _, _) in enumerate(parts)
+            ),
+        )
+
+    def _part(self, items: Ragged, seed: int) -> tuple[_Part, np.ndarray, int]:
+        """(the part, its distinct rows, how many of them, the first, are of its tokens)."""
+        num = -(-len(items.values) * self._num_negatives // _REUSE)
+        rows, index = deduplicate({"tokens": items.values, "negatives": self._sampler.draw(num, seed)})
+        tokens, negatives = (np.ascontiguousarray(index[name]) for name in ("tokens", "negatives"))
+        nowhere = np.empty(0, np.int64)
+        part = _Part(tokens, items.offsets, negatives, nowhere, nowhere, seed)
+        return part, rows, int(tokens.max(initial=-1)) + 1
 
     def step(self, block: _Block, rate: float) -> tuple[float, int]:
         """Look the block's rows up, run SGD over its windows, add the difference to the tables.
 
         rate: factor on the peak learning rate. Returns (summed loss, its number of pairs) of a sample of the targets.
         """
-        ids = torch.from_numpy(block.rows)
-        found = self.tables.lookup({"input": ids, "output": ids})
-        before = [found[name].detach().cpu() for name in ("input", "output")]
-        after = [rows.clone() for rows in before]
-        loss, pairs = skipgram.run_block(
-            after[0].numpy(),
-            after[1].numpy(),
-            np.ascontiguousarray(block.tokens),
-            block.offsets,
-            np.ascontiguousarray(block.negatives),
-            window=self._window,
-            num_negatives=self._num_negatives,
-            learning_rate=self._learning_rate * rate,
-            seed=block.seed,
-            threads=self._threads,
-        )
-        differences = [(old - new).to(found["input"].device) for old, new in zip(before, after, strict=True)]
-        torch.autograd.backward([found["input"], found["output"]], differences)
-        if not all(difference.sum().isfinite() for difference in differences):
+        found = self.tables.lookup({"input": torch.from_numpy(block.source), "output": torch.from_numpy(block.target)})
+        before = [found[name].detach().cpu().numpy() for name in ("input", "output")]
+
+        num_parts = self._threads * dist.get_world_size()
+        with ThreadPoolExecutor(len(block.parts)) as pool:
+            learned = list(
+                pool.map(lambda part: self._learn(part, before[0], before[1], rate * self._learning_rate), block.parts)
+            )
+            if num_parts > 1:
+                axes = [principal_axes(moment) for moment in self._partner_moments(block.parts, learned)]
+
+                def merge(part: _Part, result: _Learned) -> None:
+                    exposures = self._exposures(part, result)
+                    for change, steps, own in zip((result.source, result.target), exposures, axes, strict=True):
+                        temper(change, rate * self._learning_rate * steps, own, num_parts)
+
+                list(pool.map(merge, block.parts, learned))
+        gradients = [np.zeros_like(rows) for rows in before]
+        for part, result in zip(block.parts, learned, strict=True):
+            skipgram.subtract_rows(gradients[0], part.source, result.source)
+            skipgram.subtract_rows(gradients[1], part.target, result.target)
+        device = found["input"].device
+        moves = [torch.from_numpy(gradient).to(device) for gradient in gradients]
+        torch.autograd.backward([found["input"], found["output"]], moves)
+        loss, pairs = sum(result.loss for result in learned), sum(result.pairs for result in learned)
+        if not all(move.sum().isfinite() for move in moves):
             loss = float("nan")  # the kernel's sigmoid is clamped, so its own sum would hide it
         return loss, pairs
+
+    def _learn(self, part: _Part, source_rows: np.ndarray, target_rows: np.ndarray, rate: float) -> _Learned:
+        """SGD over the part on copies of its rows."""
+        source, target = skipgram.take_rows(source_rows, part.source), skipgram.take_rows(target_rows, part.target)
+        loss, pairs, contexts = skipgram.run_block(
+            source,
+            target,
+            part.tokens,
+            part.offsets,
+            part.negatives,
+            cbow=self._cbow,
+            window=self._window,
+            num_negatives=self._num_negatives,
+            learning_rate=rate,
+            seed=part.seed,
+        )
+        samples = (source[_sample(part.tokens)], target[_sample(part.tokens)], target[_sample(part.negatives)])
+        return _Learned(
+            skipgram.difference(source, source_rows, part.source),
+            skipgram.difference(target, target_rows, part.target),
+            loss,
+            pairs,
+            contexts / max(1, len(part.tokens)),
+            samples,
+        )
+
+    def _exposures(self, part: _Part, learned: _Learned) -> tuple[np.ndarray, np.ndarray]:
+        """How many steps each input and each output row has taken, all partners counted: float64 [u], [v].
+
+        An input row meets a target and its negatives each time it is a context; an output row meets every query of its
+        position, and of the positions that draw it.
+        """
+        count = np.bincount(part.tokens, minlength=len(part.target))
+        drawn = np.bincount(part.negatives, minlength=len(part.target)) * (
+            self._num_negatives * len(part.tokens) / max(1, len(part.negatives))
+        )
+        source_steps = learned.contexts * (1 + self._num_negatives) * count[: len(part.source)]
+        return source_steps, (1.0 if self._cbow else learned.contexts) * (count + drawn)
+
+    def _partner_moments(self, parts: Sequence[_Part], learned: Sequence[_Learned]) -> tuple[np.ndarray, np.ndarray]:
+        """E[p p'] over the partners p of input rows, and of output rows: float32 [dim, dim] each, of a sample."""
+        dim, num_negatives = self.query_tower.spec.dim, self._num_negatives
+        source, own, drawn = (
+            torch.from_numpy(np.concatenate([one.samples[i][:, :dim] for one in learned])) for i in range(3)
+        )
+        contexts = max(
+            1.0,
+            sum(len(p.tokens) * one.contexts for p, one in zip(parts, learned, strict=True))
+            / max(1, sum(len(p.tokens) for p in parts)),
+        )
+        queries = source.T @ source / max(1, len(source))
+        if self._cbow and len(source):  # the mean of `contexts` rows
+            center = source.mean(0)
+            queries = queries / contexts + (1.0 - 1.0 / contexts) * torch.outer(center, center)
+        outputs = own.T @ own / max(1, len(own)) + num_negatives * (drawn.T @ drawn) / max(1, len(drawn))
+        return (outputs / (1 + num_negatives)).numpy(), queries.numpy()
 
     def encode_queries(self, history: Ragged, single: Mapping[str, Given]) -> Tensor:
         """Query vectors of n histories: float32 [n, dim]. A collective call."""
@@ -149,3 +264,8 @@ class Item2Vec:
         return self.num_items
 
     similar_set = "input"
+
+
+def _sample(rows: np.ndarray) -> np.ndarray:
+    """About `_SAMPLE` of `rows`, evenly spaced."""
+    return rows[:: max(1, len(rows) // _SAMPLE)]

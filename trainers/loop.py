@@ -326,11 +326,6 @@ def _step_of(line: str) -> float:
 def _announce(config: Config, prepared: Prepared, model: Model, progress: Progress, warnings: list[str]) -> None:
     for warning in warnings:
         report({"kind": "note", "text": f"warning: {warning}"})
-    if config.model.kind == "item2vec" and config.cluster.workers > 2:
-        text = (
-            "item2vec adds the workers' updates up, which is measured for two of them: more may overshoot on hot items"
-        )
-        report({"kind": "note", "text": f"warning: {text}; see train.batch_size"})
     tables = sum(spec.num_bytes(model.tables.optimizer) for spec in model.tables.specs.values())
     text = (
         f"{config.model.kind}: {prepared.num_sessions:,} sessions, {model.num_items:,} items, "

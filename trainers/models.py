@@ -188,6 +188,7 @@ def build_model(config: Config, prepared: Prepared, *, device: torch.device, thr
             dim=model.dim,
             precision=model.precision,
             init_scale=train.init_scale,
+            cbow=model.architecture == "cbow",
             window=model.window,
             ordered=model.ordered,
             num_negatives=model.negatives,

@@ -88,7 +88,7 @@ def open_reader(config: Config) -> SessionReader:
     data = config.data
     if not data.train:
         raise SettingError("data.train", "is empty; name a file, folder, glob or URL of training sessions")
-    columns = Columns(items=data.items, user=data.user, features=data.query_features)
+    columns = Columns(items=data.items, user=data.user, features=data.query_features, text=data.text)
     return SessionReader(
         data.train, columns, bad_rows=data.bad_rows, window_sessions=data.shuffle_sessions, seed=config.train.seed
     )
@@ -135,11 +135,14 @@ def prepare(config: Config, reader: SessionReader, *, is_begun: bool) -> None:
     except DataError as error:
         raise error if error.file else DataError(error.problem, file=config.data.train) from None
     if config.data.user:
-        users = (batch.user for batch in reader.stream(Columns(items=config.data.items, user=config.data.user)))
+        users = (
+            batch.user
+            for batch in reader.stream(Columns(items=config.data.items, user=config.data.user, text=config.data.text))
+        )
         keys["user"] = Vocabulary.build((user for user in users if user is not None), unknown="skip")
     query_features: dict[str, Feature] = {}
     for name in config.data.query_features:
-        columns = Columns(items=config.data.items, features=(name,))
+        columns = Columns(items=config.data.items, features=(name,), text=config.data.text)
         chunks = (batch.features[name] for batch in reader.stream(columns))
         query_features[name] = _described(name, chunks, "query", keys, config.data.train)
     item_features = _item_features(config, keys, temporary)
@@ -190,7 +193,7 @@ def load_prepared(run: str | Path, fingerprint: str | None = None) -> Prepared:
 
 def _shape(config: Config) -> dict[str, Any]:
     """The settings that decide what `prepare` builds, as JSON."""
-    names = "items user query_features item_features valid holdout holdout_fraction bad_rows"
+    names = "items text user query_features item_features valid holdout holdout_fraction bad_rows"
     data = {name: getattr(config.data, name) for name in names.split()}
     shape = {**data, **vars(config.keys), "seed": config.train.seed, "cases": config.train.validate_cases}
     return dict(json.loads(json.dumps(shape)))

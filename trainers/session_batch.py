@@ -28,11 +28,12 @@ class Columns:
     history: str = ""
     time: str = ""
     features: tuple[str, ...] = ()
+    text: bool = False  # items are text, and the keys its words
 
     def fields(self) -> tuple[Field, ...]:
         """The columns that are there, items first."""
         named = (
-            Field("items", self.items, "lists", "--set data.items="),
+            Field("items", self.items, "text" if self.text else "lists", "--set data.items="),
             Field("history", self.history, "lists", "--set data.history="),
             Field("user", self.user, "keys", "--set data.user="),
             Field("time", self.time, "time", "time="),
@@ -47,7 +48,7 @@ class Field:
 
     role: str
     name: str
-    kind: Literal["lists", "keys", "feature", "time"]
+    kind: Literal["lists", "text", "keys", "feature", "time"]
     option: str
 
 
@@ -183,16 +184,18 @@ def decode_chunk(
 def decode_column(
     one: Field, chunks: Sequence[pa.Array], to: pa.DataType
 ) -> tuple[Ragged | pa.Array, list[tuple[str, npt.NDArray[np.bool_]]]]:
-    """The column as a Ragged (kind "lists") or an array of type `to`, and its problems: what, and in which rows."""
+    """The column as a Ragged (kinds "lists" and "text") or an array of type `to`, and its problems: what, and in which
+    rows.
+    """
     if one.kind == "feature" and not _is_key(to):
         return _decode_feature(one, chunks, to)
-    if one.kind != "lists":
+    if one.kind not in ("lists", "text"):
         values, out_of_range = _decode_values(chunks, to)
         nulls = _mask(pc.is_null(values, nan_is_null=True)) if one.kind != "feature" else None
         expected = "a key" if one.kind == "keys" else "a time"
         return values, _problems(one.name, (f"is null; expected {expected}", nulls), (_TOO_LARGE, out_of_range))
     null_lists = np.concatenate([_mask(part.is_null()) for part in chunks]) if chunks else np.zeros(0, bool)
-    parts = [Ragged.from_arrow(part) for part in chunks]
+    parts = [_words(part, to) if one.kind == "text" else Ragged.from_arrow(part) for part in chunks]
     values, out_of_range = _decode_values([part.values for part in parts], to)
     lengths = np.concatenate([part.lengths for part in parts]) if parts else np.zeros(0, np.int64)
     lists = Ragged(values, np.concatenate([[0], np.cumsum(lengths)]))
@@ -246,6 +249,13 @@ def _mask(array: pa.Array) -> npt.NDArray[np.bool_]:
     return np.asarray(array.to_numpy(zero_copy_only=False), bool)
 
 
+def _words(texts: pa.Array, to: pa.DataType) -> Ragged:
+    """The words of each text, as white space separates them; a null has none."""
+    split = pc.utf8_split_whitespace(_decode_values([texts], to)[0])
+    words = Ragged.from_arrow(split)
+    return words.keep(np.asarray(pc.not_equal(words.values, "")))  # white space at the ends, and empty texts
+
+
 def _decode_values(chunks: Sequence[pa.Array], to: pa.DataType) -> tuple[pa.Array, npt.NDArray[np.bool_] | None]:
     """The values as one array of type `to`, and which of them int64 cannot hold (None: all fit)."""
     arrays, out_of_range = [], []
@@ -286,6 +296,8 @@ def _decoded(found: pa.DataType, kind: str) -> pa.DataType | None:
         return _key_type(found.value_type) if is_list else None
     if kind == "feature":
         return feature_type(found)
+    if kind == "text":
+        return pa.large_string() if _key_type(found) == pa.large_string() else None
     return _time_type(found) if kind == "time" else _key_type(found)
 
 
@@ -328,6 +340,7 @@ def _wrong_type(schema: pa.Schema, one: Field, found: pa.DataType) -> str:
     key = "integers, strings or a dictionary of them"
     expected = {
         "lists": f"a list or large_list of {key}",
+        "text": "a string",
         "time": "a timestamp, a date or a number",
         "feature": f"{key}, lists of these, floats or a fixed_size_list of floats",
     }.get(one.kind, key)

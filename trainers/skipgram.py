@@ -1,4 +1,4 @@
-"""Sequential skip-gram SGD over a block of sessions, on a local copy of the block's rows.
+"""Sequential SGD for skip-gram and CBOW over a block of sessions, on a local copy of the block's rows.
 
 A large synchronous batch delays updates and costs quality, so a worker looks the block's distinct rows up once, runs
 the windows over them in order, one SGD step per target as word2vec does, and hands the difference back to the table.
@@ -6,15 +6,19 @@ the windows over them in order, one SGD step per target as word2vec does, and ha
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
 
-_CLAMP = 8.0
-_STEPS = 4096
-_GRID = (np.arange(_STEPS) + 0.5) / _STEPS * (2 * _CLAMP) - _CLAMP
-_SIGMOID = (1.0 / (1.0 + np.exp(-_GRID))).astype(np.float32)
+_LANES = 16  # float32 numbers in the widest vector register of a CPU
+
+
+def padded(dim: int) -> int:
+    """The row length that `run_block` wants for vectors of dimension `dim`: the next multiple of 16."""
+    return -(-dim // _LANES) * _LANES
 
 
 def run_block(
@@ -24,111 +28,213 @@ def run_block(
     offsets: np.ndarray,
     negatives: np.ndarray,
     *,
+    cbow: bool,
     window: int,
     num_negatives: int,
     learning_rate: float,
     seed: int,
-    threads: int,
-) -> tuple[float, int]:
-    """One pass of SGD over the block, changing `source` and `target` in place.
+) -> tuple[float, int, int]:
+    """One pass of SGD over the block, changing `source` and `target` in place; a pure function of the arguments.
 
-    For every position t and every context position c within a random reduced window (word2vec: uniform in 1..window;
-    window 0: the whole session) of the same session, the pair (source[tokens[c]], target[tokens[t]]) is positive, and
-    (source[tokens[c]], target[n]) negative for `num_negatives` rows n that all contexts of t share:
+    Position t has as contexts the positions c within a random reduced window (word2vec: uniform in 1..window; window 0:
+    the whole session) of the same session. Its outputs are its own row, with label 1, and `num_negatives` drawn rows,
+    with label 0, that all its contexts share; one that is the target's own is left out. With the queries q (skip-gram:
+    source_c for every c; CBOW: the one mean of all source_c) as they are before the step:
 
-        g = label - sigmoid(source_c . target_n)
-        target_n += rate * sum_c g source_c
-        source_c += rate * sum_n g target_n
+        g_qo = label_o - sigmoid(q . target_o)
+        target_o += rate * sum_q g_qo q
+        skip-gram: source_c += rate * sum_o g_co target_o
+        CBOW: every source_c += rate * sum_o g_o target_o      (word2vec's, not divided by the number of contexts)
 
-    source, target: float32 [u, dim], the distinct rows of the block; tokens: int64 [m] into them; offsets: int64
-    [n + 1], the sessions; negatives: int64 [q], a sample of rows of `target` that negatives are drawn from. With one
-    thread the result is a pure function of the arguments; more threads work on shares of the sessions and update
-    without locks (Hogwild, Niu et al. 2011). Returns the summed loss over a sixteenth of the targets, and its number of
-    pairs.
+    source: float32 [u, width] and target: float32 [v, width], C-contiguous, the distinct rows of the block with zeros
+    from the dimension to the width, a multiple of 16 (see `padded`); tokens: int64 [m] into both; offsets: int64
+    [n + 1], the sessions; negatives: int64 [q], a sample of rows of `target` that negatives are drawn from. Returns the
+    summed loss over a sixteenth of the targets and its number of positive pairs (query, target), and the number of
+    pairs (context, target) of the block.
     """
-    count = len(offsets) - 1
-    share = np.searchsorted(offsets, np.linspace(0, offsets[-1], threads + 1)).clip(0, count)
-    share[0], share[-1] = 0, count
-
-    def work(part: int) -> tuple[float, int]:
-        return _kernel(  # type: ignore[no-any-return]
-            source, target, tokens, offsets, share[part], share[part + 1], negatives, window, num_negatives,
-            np.float32(learning_rate), np.uint64((seed * 1_000_003 + part) % 2**64), _SIGMOID,
-        )  # fmt: skip
-
-    if threads == 1:
-        return work(0)
-    with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(work, range(threads)))
-    loss, pairs = (sum(values) for values in zip(*parts, strict=True))
-    return float(loss), int(pairs)
+    width = source.shape[1]
+    assert width == target.shape[1] == padded(width)
+    assert source.flags.c_contiguous
+    assert target.flags.c_contiguous
+    loss, pairs, contexts = _kernel(width, cbow)(
+        source.reshape(-1), target.reshape(-1), tokens, offsets, negatives, window, num_negatives,
+        np.float32(learning_rate), np.uint64(seed % 2**64),
+    )  # fmt: skip
+    return float(loss), int(pairs), int(contexts)
 
 
-@numba.njit(nogil=True, fastmath=True, boundscheck=False, error_model="numpy", cache=True)
-def _kernel(source, target, tokens, offsets, first, last, negatives, window, num_negatives, rate, seed, sigmoid):  # type: ignore[no-untyped-def]
-    dim = source.shape[1]
-    longest = 0
-    for s in range(first, last):
-        longest = max(longest, offsets[s + 1] - offsets[s])
-    reach = longest if window == 0 else min(longest, 2 * window + 1)
-    step = np.empty((max(1, reach), dim), np.float32)
-    contexts = np.empty(max(1, reach), np.int64)
-    moved = np.empty(dim, np.float32)
-    outputs = np.empty(num_negatives + 1, np.int64)
-    state = seed * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x1234567)
-    num_candidates = np.uint64(negatives.size)
-    scale = np.float32(sigmoid.size / (2 * 8.0))
-    loss = 0.0
-    pairs = 0
-    for s in range(first, last):
-        begin, end = offsets[s], offsets[s + 1]
-        for t in range(begin, end):
-            state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
-            reduced = end - begin if window == 0 else window - np.int64((state >> np.uint64(33)) % np.uint64(window))
-            num_contexts = 0
-            for c in range(max(begin, t - reduced), min(end, t + reduced + 1)):
-                if c != t:
-                    contexts[num_contexts] = tokens[c]
-                    num_contexts += 1
-            if num_contexts == 0:
-                continue
-            outputs[0] = tokens[t]
-            num_outputs = 1
-            for _ in range(num_negatives):
+@numba.njit("float32[:, ::1](float32[:, ::1], int64[::1])", nogil=True, cache=True)
+def take_rows(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """table[rows], padded for `run_block`: float32 [u, width]. table: float32 [n, dim]; rows: int64 [u]."""
+    dim = table.shape[1]
+    out = np.zeros((rows.size, (dim + 15) // 16 * 16), np.float32)
+    for i in range(rows.size):
+        out[i, :dim] = table[rows[i]]
+    return out
+
+
+@numba.njit("float32[:, ::1](float32[:, ::1], float32[:, ::1], int64[::1])", nogil=True, cache=True)
+def difference(padded_rows: np.ndarray, table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """What `padded_rows` [u, width] are beyond table[rows] they were taken from: float32 [u, dim]."""
+    dim = table.shape[1]
+    out = np.empty((rows.size, dim), np.float32)
+    for i in range(rows.size):
+        for d in range(dim):
+            out[i, d] = padded_rows[i, d] - table[rows[i], d]
+    return out
+
+
+@numba.njit("void(float32[:, ::1], int64[::1], float32[:, ::1])", nogil=True, cache=True)
+def subtract_rows(table: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
+    """table[rows] -= values, in place; rows: int64 [u]; values: float32 [u, dim]."""
+    for i in range(rows.size):
+        for d in range(table.shape[1]):
+            table[rows[i], d] -= values[i, d]
+
+
+@functools.cache
+def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
+    """The compiled loop for one row length: known to the compiler, it needs no checks in its vector loops.
+
+    Places in the flat arrays are unsigned for the same reason: a signed one may mean 'from the end'.
+    """
+    step = np.uint64(width)
+
+    @numba.njit(nogil=True, fastmath=True, boundscheck=False, error_model="numpy", cache=True)
+    def run(source, target, tokens, offsets, negatives, window, num_negatives, rate, seed):  # type: ignore[no-untyped-def]
+        longest = 0
+        for s in range(offsets.size - 1):
+            longest = max(longest, offsets[s + 1] - offsets[s])
+        reach = (longest if window == 0 else min(longest, 2 * window + 1)) + 2
+        num_outputs = num_negatives + 1
+        columns = (num_outputs + 2) // 3 * 3  # products are taken 2 queries x 3 outputs at a time
+        queries = np.zeros(reach * width, np.float32)
+        outputs = np.zeros(columns * width, np.float32)
+        change = np.zeros(reach * columns, np.float32)  # products, then rate * g
+        context = np.zeros(reach, np.uint64)
+        output = np.zeros(columns, np.uint64)
+        state = seed * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x1234567)
+        loss, num_pairs, num_contexts = 0.0, 0, 0
+        for s in range(offsets.size - 1):
+            begin, end = offsets[s], offsets[s + 1]
+            for t in range(begin, end):
                 state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
-                drawn = negatives[(state >> np.uint64(33)) % num_candidates]
-                if drawn != tokens[t]:
-                    outputs[num_outputs] = drawn
-                    num_outputs += 1
-            for i in range(num_contexts):
-                for d in range(dim):
-                    step[i, d] = 0.0
-            watched = (t & 15) == 0
-            for n in range(num_outputs):
-                out = target[outputs[n]]
-                label = np.float32(1.0) if n == 0 else np.float32(0.0)
-                for d in range(dim):
-                    moved[d] = 0.0
-                for i in range(num_contexts):
-                    row = source[contexts[i]]
-                    dot = np.float32(0.0)
-                    for d in range(dim):
-                        dot += row[d] * out[d]
-                    cell = min(max(np.int64((dot + np.float32(8.0)) * scale), 0), sigmoid.size - 1)
-                    chance = sigmoid[cell]
-                    if watched:
-                        loss -= np.log(chance if n == 0 else np.float32(1.0) - chance)
-                        pairs += n == 0
-                    g = (label - chance) * rate
-                    add = step[i]
-                    for d in range(dim):
-                        add[d] += g * out[d]
-                        moved[d] += g * row[d]
-                for d in range(dim):
-                    out[d] += moved[d]
-            for i in range(num_contexts):
-                row = source[contexts[i]]
-                add = step[i]
-                for d in range(dim):
-                    row[d] += add[d]
-    return loss, pairs
+                reduced = end - begin
+                if window > 0:
+                    reduced = window - np.int64(((state >> np.uint64(33)) * np.uint64(window)) >> np.uint64(31))
+                found = 0
+                for c in range(max(begin, t - reduced), min(end, t + reduced + 1)):
+                    if c != t:
+                        context[found] = np.uint64(tokens[c]) * step
+                        found += 1
+                if found == 0:
+                    continue
+                num_contexts += found
+                own = np.uint64(tokens[t]) * step
+                output[0] = own
+                for o in range(1, num_outputs):
+                    state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+                    drawn = ((state >> np.uint64(33)) * np.uint64(negatives.size)) >> np.uint64(31)
+                    output[o] = np.uint64(negatives[drawn]) * step
+                # copies of the rows as they are before the step
+                for o in range(num_outputs):
+                    place, row = np.uint64(o) * step, output[o]
+                    for d in range(step):
+                        outputs[place + d] = target[row + d]
+                count = found
+                if cbow:
+                    count = 1
+                    for d in range(step):
+                        queries[d] = np.float32(0.0)
+                    for i in range(found):
+                        row = context[i]
+                        for d in range(step):
+                            queries[d] += source[row + d]
+                    share = np.float32(1.0) / np.float32(found)
+                    for d in range(step):
+                        queries[d] *= share
+                else:
+                    for i in range(found):
+                        place, row = np.uint64(i) * step, context[i]
+                        for d in range(step):
+                            queries[place + d] = source[row + d]
+                for i in range(0, count, 2):
+                    for o in range(0, columns, 3):
+                        p00 = p01 = p02 = p10 = p11 = p12 = np.float32(0.0)
+                        q, r = np.uint64(i) * step, np.uint64(o) * step
+                        for d in range(step):
+                            q0, q1 = queries[q + d], queries[q + step + d]
+                            o0, o1, o2 = outputs[r + d], outputs[r + step + d], outputs[r + step + step + d]
+                            p00 += q0 * o0
+                            p01 += q0 * o1
+                            p02 += q0 * o2
+                            p10 += q1 * o0
+                            p11 += q1 * o1
+                            p12 += q1 * o2
+                        first, second = i * columns + o, (i + 1) * columns + o
+                        change[first], change[first + 1], change[first + 2] = p00, p01, p02
+                        change[second], change[second + 1], change[second + 2] = p10, p11, p12
+                if t & 15 == 0:
+                    num_pairs += count
+                    for i in range(count):
+                        for o in range(num_outputs):
+                            if o == 0 or output[o] != own:
+                                product = change[i * columns + o]
+                                loss += max(np.float32(0.0), -product if o == 0 else product)
+                                loss += np.log1p(np.exp(-abs(product)))
+                for j in range(count * columns):
+                    # -rate * sigmoid(x) = -rate * (1 + tanh(x / 2)) / 2, tanh as Eigen's rational function
+                    x = min(max(change[j] * np.float32(0.5), np.float32(-7.9)), np.float32(7.9))
+                    y = x * x
+                    above = y * np.float32(-2.76076847742355e-16) + np.float32(2.00018790482477e-13)
+                    above = above * y + np.float32(-8.60467152213735e-11)
+                    above = above * y + np.float32(5.12229709037114e-08)
+                    above = above * y + np.float32(1.48572235717979e-05)
+                    above = above * y + np.float32(6.37261928875436e-04)
+                    above = above * y + np.float32(4.89352455891786e-03)
+                    below = y * np.float32(1.19825839466702e-06) + np.float32(1.18534705686654e-04)
+                    below = below * y + np.float32(2.26843463243900e-03)
+                    below = below * y + np.float32(4.89352518554385e-03)
+                    change[j] = -rate * (np.float32(0.5) + np.float32(0.5) * (x * above / below))
+                for i in range(count):
+                    change[i * columns] += rate
+                    for o in range(num_outputs, columns):
+                        change[i * columns + o] = np.float32(0.0)
+                for o in range(1, num_outputs):
+                    if output[o] == own:
+                        for i in range(count):
+                            change[i * columns + o] = np.float32(0.0)
+                for o in range(num_outputs):
+                    row = output[o]
+                    for i in range(0, count - 1, 2):
+                        g0, g1, q = change[i * columns + o], change[(i + 1) * columns + o], np.uint64(i) * step
+                        for d in range(step):
+                            target[row + d] += g0 * queries[q + d] + g1 * queries[q + step + d]
+                    if count & 1:
+                        g0, q = change[(count - 1) * columns + o], np.uint64(count - 1) * step
+                        for d in range(step):
+                            target[row + d] += g0 * queries[q + d]
+                if cbow:
+                    for d in range(step):
+                        queries[d] = np.float32(0.0)
+                    for o in range(num_outputs):
+                        g0, r = change[o], np.uint64(o) * step
+                        for d in range(step):
+                            queries[d] += g0 * outputs[r + d]
+                    for i in range(found):
+                        row = context[i]
+                        for d in range(step):
+                            source[row + d] += queries[d]
+                else:
+                    for i in range(found):
+                        row = context[i]
+                        for o in range(0, columns, 3):
+                            j, r = i * columns + o, np.uint64(o) * step
+                            g0, g1, g2 = change[j], change[j + 1], change[j + 2]
+                            for d in range(step):
+                                source[row + d] += (
+                                    g0 * outputs[r + d] + g1 * outputs[r + step + d] + g2 * outputs[r + step + step + d]
+                                )
+        return loss, num_pairs, num_contexts
+
+    return run

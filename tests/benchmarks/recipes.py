@@ -37,8 +37,8 @@ def run_recipe(name: str, ks: str, *settings: str) -> dict[str, Any]:
         overrides = [f"run={folder}/run", *settings]
         flags = [part for setting in overrides for part in ("--set", setting)]
         started = time.monotonic()
-        trained = _lexshard(["train", str(RECIPES / f"{name}.toml"), "--json", *flags], environment)
-        report = _lexshard(["evaluate", f"{folder}/run", "--which", "last", "--json", "--k", ks], environment)
+        trained = lexshard(["train", str(RECIPES / f"{name}.toml"), "--json", *flags], environment)
+        report = lexshard(["evaluate", f"{folder}/run", "--which", "last", "--json", "--k", ks], environment)
         return {
             "seconds": round(trained["seconds"], 1),
             "wall_seconds": round(time.monotonic() - started, 1),
@@ -54,10 +54,10 @@ def train_recipe(name: str, *settings: str) -> dict[str, Any]:
     environment = {**os.environ, "LEXSHARD_DATA": str(data_folder())}
     with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
         flags = [part for setting in (f"run={folder}/run", *settings) for part in ("--set", setting)]
-        return _lexshard(["train", str(RECIPES / f"{name}.toml"), "--json", *flags], environment)
+        return lexshard(["train", str(RECIPES / f"{name}.toml"), "--json", *flags], environment)
 
 
-def _lexshard(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+def lexshard(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "cluster.cli", *arguments]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

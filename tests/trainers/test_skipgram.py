@@ -8,10 +8,10 @@ import torch
 
 from embedding_service.ragged import Ragged
 from trainers.objectives import skip_gram
-from trainers.skipgram import run_block
+from trainers.skipgram import difference, padded, run_block, subtract_rows, take_rows
 
 SESSIONS = Ragged.from_lists([[0, 1, 2, 3], [], [4], [2, 2, 5, 0, 1, 6], [6, 3]])
-DIM, ROWS = 8, 12
+DIM, ROWS = 20, 12
 
 
 def tables(seed: int = 0, scale: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -20,10 +20,17 @@ def tables(seed: int = 0, scale: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
     return source, target
 
 
-def run(source: np.ndarray, target: np.ndarray, sessions: Ragged = SESSIONS, **change: Any) -> tuple[float, int]:
-    settings: dict[str, Any] = {"window": 0, "num_negatives": 3, "learning_rate": 0.1, "seed": 5, "threads": 1}
+def run(source: np.ndarray, target: np.ndarray, sessions: Ragged = SESSIONS, **change: Any) -> tuple[float, int, int]:
+    """`run_block` on tables [ROWS, DIM], which it changes."""
+    settings: dict[str, Any] = {"cbow": False, "window": 0, "num_negatives": 3, "learning_rate": 0.1, "seed": 5}
     negatives = change.pop("negatives", np.arange(ROWS))
-    return run_block(source, target, sessions.values, sessions.offsets, negatives, **{**settings, **change})
+    wide = [take_rows(table, np.arange(ROWS)) for table in (source, target)]
+    result = run_block(*wide, sessions.values, sessions.offsets, negatives, **{**settings, **change})
+    for table, changed in zip((source, target), wide, strict=True):
+        assert changed.shape == (ROWS, padded(DIM))
+        assert not changed[:, DIM:].any()
+        table[:] = changed[:, :DIM]
+    return result
 
 
 class Generator:
@@ -34,7 +41,7 @@ class Generator:
 
     def next(self, bound: int) -> int:
         self.state = (self.state * 6364136223846793005 + 1442695040888963407) % 2**64
-        return (self.state >> 33) % bound
+        return ((self.state >> 33) * bound) >> 31
 
 
 def slow_block(
@@ -42,57 +49,63 @@ def slow_block(
     target: np.ndarray,
     negatives: np.ndarray,
     *,
+    cbow: bool,
     window: int,
     num_negatives: int,
     rate: float,
     seed: int,
-) -> tuple[float, int]:
+) -> tuple[float, int, int]:
     """The docstring's formula, one number at a time, with the sigmoid itself."""
-    random = Generator(seed * 1_000_003)
-    position, loss, pairs = 0, 0.0, 0
+    random = Generator(seed)
+    position, loss, pairs, num_contexts = 0, 0.0, 0, 0
     for session in SESSIONS.to_lists():
         for t, item in enumerate(session):
             drawn = random.next(window or 1)
             reach = window - drawn if window else len(session)
-            contexts = [c for place, c in enumerate(session) if place != t and abs(place - t) <= reach]
+            contexts = [place for place in range(len(session)) if place != t and abs(place - t) <= reach]
             watched = position % 16 == 0
             position += 1
             if not contexts:
                 continue
+            num_contexts += len(contexts)
             outputs = [(item, 1.0)]
             for _ in range(num_negatives):
                 row = negatives[random.next(len(negatives))]
                 if row != item:
                     outputs.append((row, 0.0))
-            moves = [np.zeros(DIM) for _ in contexts]
+            queries = [source[session[c]].copy() for c in contexts]
+            if cbow:
+                queries = [np.mean(queries, axis=0)]
+            old = target.copy()
+            moves = [np.zeros(DIM) for _ in queries]
             for row, label in outputs:
-                before = target[row].copy()
-                for i, context in enumerate(contexts):
-                    chance = 1.0 / (1.0 + np.exp(-(source[context] @ before)))
-                    moves[i] += rate * (label - chance) * before
-                    target[row] += rate * (label - chance) * source[context]
+                for i, query in enumerate(queries):
+                    chance = 1.0 / (1.0 + np.exp(-(query @ old[row])))
+                    moves[i] += rate * (label - chance) * old[row]
+                    target[row] += rate * (label - chance) * query
                     if watched:
                         loss -= np.log(chance if label else 1.0 - chance)
                         pairs += int(label)
-            for context, move in zip(contexts, moves, strict=True):
-                source[context] += move
-    return loss, pairs
+            for i, c in enumerate(contexts):
+                source[session[c]] += moves[0 if cbow else i]
+    return loss, pairs, num_contexts
 
 
 @pytest.mark.parametrize("window", [0, 1, 2, 5])
 @pytest.mark.parametrize("num_negatives", [1, 4])
-def test_the_kernel_is_the_slow_formula(window: int, num_negatives: int) -> None:
+@pytest.mark.parametrize("cbow", [False, True])
+def test_the_kernel_is_the_slow_formula(cbow: bool, window: int, num_negatives: int) -> None:
     negatives = np.array([7, 0, 11, 3, 3, 9])
     source, target = tables()
     slow_source, slow_target = (table.astype(np.float64) for table in tables())
-    found = run(source, target, negatives=negatives, window=window, num_negatives=num_negatives)
+    found = run(source, target, cbow=cbow, negatives=negatives, window=window, num_negatives=num_negatives)
     wanted = slow_block(
-        slow_source, slow_target, negatives, window=window, num_negatives=num_negatives, rate=0.1, seed=5
+        slow_source, slow_target, negatives, cbow=cbow, window=window, num_negatives=num_negatives, rate=0.1, seed=5
     )
-    np.testing.assert_allclose(source, slow_source, atol=2e-3)  # the kernel's sigmoid is a table of 4096 steps
-    np.testing.assert_allclose(target, slow_target, atol=2e-3)
-    assert found[0] == pytest.approx(wanted[0], rel=5e-3)
-    assert found[1] == wanted[1]
+    np.testing.assert_allclose(source, slow_source, atol=1e-5)
+    np.testing.assert_allclose(target, slow_target, atol=1e-5)
+    assert found[0] == pytest.approx(wanted[0], rel=1e-4)
+    assert found[1:] == wanted[1:]
     assert np.abs(source - tables()[0]).max() > 0.05
 
 
@@ -116,7 +129,7 @@ def test_the_first_update_is_the_gradient_of_the_objective() -> None:
     for old, new, wanted in zip(before, after, (source.grad, target.grad), strict=True):
         assert wanted is not None
         gradient = (old.astype(np.float64) - new) / rate
-        np.testing.assert_allclose(gradient, wanted.numpy(), rtol=5e-3, atol=0.03)
+        np.testing.assert_allclose(gradient, wanted.numpy(), rtol=5e-3, atol=0.06)
         assert np.abs(gradient).max() > 1.0
 
 
@@ -142,34 +155,34 @@ def test_nothing_crosses_the_border_of_a_session() -> None:
 
 def test_an_empty_block_does_nothing() -> None:
     source, target = tables()
-    assert run(source, target, Ragged.from_lists([]), negatives=np.empty(0, np.int64)) == (0.0, 0)
-    assert run(source, target, Ragged.from_lists([[]]), negatives=np.empty(0, np.int64), threads=2) == (0.0, 0)
+    assert run(source, target, Ragged.from_lists([]), negatives=np.empty(0, np.int64)) == (0.0, 0, 0)
+    assert run(source, target, Ragged.from_lists([[]]), negatives=np.empty(0, np.int64)) == (0.0, 0, 0)
     assert np.array_equal(source, tables()[0])
 
 
-def test_one_thread_gives_the_same_bits() -> None:
+def test_it_is_a_pure_function() -> None:
     results = []
     for _ in range(2):
         source, target = tables()
         results.append((*run(source, target, window=3), source, target))
-    assert results[0][:2] == results[1][:2]
-    assert np.array_equal(results[0][2], results[1][2])
+    assert results[0][:3] == results[1][:3]
     assert np.array_equal(results[0][3], results[1][3])
+    assert np.array_equal(results[0][4], results[1][4])
     source, target = tables()
     run(source, target, window=3, seed=6)
-    assert not np.array_equal(source, results[0][2])
+    assert not np.array_equal(source, results[0][3])
 
 
-def test_products_beyond_the_sigmoids_table_stay_finite() -> None:
+def test_large_products_stay_finite() -> None:
     source, target = tables(scale=50.0)
-    loss, _ = run(source, target)
+    loss, *_ = run(source, target)
     assert np.isfinite(loss)
     assert np.isfinite(source).all()
     assert np.isfinite(target).all()
 
 
-@pytest.mark.parametrize(("threads", "window"), [(1, 0), (1, 3), (3, 0)])
-def test_planted_clusters_are_found(threads: int, window: int) -> None:
+@pytest.mark.parametrize(("cbow", "window"), [(False, 0), (False, 3), (True, 0)])
+def test_planted_clusters_are_found(cbow: bool, window: int) -> None:
     random = np.random.default_rng(0)
     lists = [random.integers(0, 4, 6) + 4 * random.integers(0, 3) for _ in range(600)]
     sessions = Ragged.from_lists([one.tolist() for one in lists])
@@ -177,10 +190,25 @@ def test_planted_clusters_are_found(threads: int, window: int) -> None:
     target = np.zeros((ROWS, DIM), np.float32)
     losses = []
     for epoch in range(4):
-        loss, pairs = run(source, target, sessions, window=window, threads=threads, seed=epoch, learning_rate=0.05)
+        loss, pairs, _ = run(source, target, sessions, window=window, cbow=cbow, seed=epoch, learning_rate=0.05)
         losses.append(loss / pairs)
     assert losses[-1] < losses[0] < 0.6 * 4 * np.log(2)  # every term of a pair begins at log 2
     scores = source @ target.T
     own = np.arange(ROWS)[:, None] // 4 == np.arange(ROWS) // 4
     for row in range(ROWS):
         assert scores[row][own[row]].min() > scores[row][~own[row]].max()
+
+
+def test_rows_are_taken_and_given_back() -> None:
+    table = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
+    rows = np.array([7, 0, 3])
+    taken = take_rows(table, rows)
+    assert np.array_equal(taken[:, :5], table[rows])
+    assert taken.shape == (3, 16)
+    taken[1, :5] += 2.0
+    change = difference(taken, table, rows)
+    np.testing.assert_allclose(change, [[0.0] * 5, [2.0] * 5, [0.0] * 5], atol=1e-6)
+    wanted = table.copy()
+    wanted[0] -= change[1]
+    subtract_rows(table, rows, change)
+    assert np.array_equal(table, wanted)
