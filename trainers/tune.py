@@ -94,7 +94,9 @@ def tune(
 
     minutes: of this call; the trial in progress at their end is stopped, and takes part with what it has reached.
     sample: share of the training sessions in (0, 1]; None: so many that it is 100,000, at most all (see
-        `draw_sample`). vary: what to vary instead of the usual (see `Space.parse`). fresh: forget former trials.
+        `draw_sample`). An epoch of a sample has fewer steps: the smaller it is, the higher a rate and the more epochs
+        win on it than on all sessions; vary neither where that matters.
+    vary: what to vary instead of the usual (see `Space.parse`). fresh: forget former trials.
     keep: leave the trials' folders, `<run>/tune/<number>`. on_event: gets the trials' progress, and notes.
     clock: seconds that pass.
 
