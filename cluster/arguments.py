@@ -72,6 +72,30 @@ def _add_training(add: Add) -> None:
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
     _add_set(sub)
 
+    sub = add("tune", "search for better settings within a time budget, by validation data, and write them as a config")
+    sub.add_argument("config", metavar="CONFIG", help="a TOML file; its own settings are the first trial")
+    sub.add_argument("--minutes", type=float, default=30.0, metavar="N", help="time for all trials (default 30)")
+    sub.add_argument(
+        "--sample",
+        type=float,
+        metavar="SHARE",
+        help="of the training sessions, such as 0.2 (default: at most 100,000 sessions)",
+    )
+    sub.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="SECTION.NAME=VALUES",
+        help="what to vary, LOW:HIGH or A,B,C, instead of the usual few; may be repeated. CONFIG's own value is added",
+    )
+    sub.add_argument("--trials", type=int, default=100, metavar="N", help="most trials (default 100)")
+    sub.add_argument("--output", default="", metavar="FILE", help="the config to write (default: CONFIG.tuned.toml)")
+    sub.add_argument("--force", action="store_true", help="replace that file if it exists")
+    sub.add_argument("--fresh", action="store_true", help="forget the trials of a former search in the run's folder")
+    sub.add_argument("--keep", action="store_true", help="keep the trials' folders, RUN/tune/NUMBER")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_set(sub)
+
     sub = add("export", "publish a run as an immutable, measured artifact, or write its vectors to a file")
     sub.add_argument("run", metavar="RUN", help="the run's folder (with --to: or an artifact's)")
     sub.add_argument(

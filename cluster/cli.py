@@ -121,6 +121,59 @@ def _train(args: Arguments) -> int:
     return 0
 
 
+def _tune(args: Arguments) -> int:
+    from cluster.config import load_config
+    from cluster.console import duration, table, watching
+
+    config = load_config(args.config, args.set)
+    output = args.output or str(Path(args.config).with_suffix(".tuned.toml"))
+    from trainers.tune import tune
+
+    with watching(every_seconds=config.train.report_seconds) as listener:
+        found = tune(
+            config,
+            output,
+            minutes=args.minutes,
+            sample=args.sample,
+            vary=args.vary,
+            max_trials=args.trials,
+            force=args.force,
+            fresh=args.fresh,
+            keep=args.keep,
+            on_event=listener,
+        )
+    status = 130 if found.ended == "interrupted" else 0
+    if args.json:
+        print(json.dumps(found.to_dict()))
+        return status
+    names = list(found.best.settings)
+    rows = [
+        [
+            str(trial.number),
+            *[str(trial.settings[name]) for name in names],
+            str(trial.epochs),
+            "" if trial.value is None else f"{trial.value:.4f}",
+            f"{trial.seconds:.0f}",
+            "best" if trial.number == found.best.number else "" if trial.state == "complete" else trial.state,
+        ]
+        for trial in found.trials
+    ]
+    print(table(("trial", *[name.split(".")[-1] for name in names], "epochs run", found.metric, "seconds", ""), rows))
+    ends = {
+        "budget": "the time is up",
+        "trials": "enough trials",
+        "space": "all was tried",
+        "interrupted": "interrupted",
+    }
+    print(f"\n{ends[found.ended]}: {len(found.trials)} trials on {found.sample:.3g} of the sessions", end=", ")
+    print(f"{duration(found.seconds)}; best {found.metric} {found.best.value:.4f}")
+    if found.best.number == 0:
+        print(f"no trial did better than {args.config} as it is")
+    print(output)
+    print(f"next: lexshard train {output}", file=sys.stderr)
+    return status
+
+
 def _export(args: Arguments) -> int:
     if args.to:
         return _interchange(args)
@@ -420,6 +473,7 @@ _COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "config": _config,
     "sessions": _sessions,
     "train": _train,
+    "tune": _tune,
     "export": _export,
     "evaluate": _evaluate,
     "submit": _submit,

@@ -18,6 +18,7 @@ DOORS = {
     "torchrec": ("embedding_service/tables.py", "embedding_service/sharding.py"),
     "fbgemm_gpu": ("embedding_service/tables.py", "embedding_service/sharding.py"),
     "faiss": ("embedding_service/index.py",),
+    "optuna": ("trainers/tune.py", "trainers/search_space.py"),
     "torch.distributed.checkpoint": ("trainers/checkpoint.py",),
     "pickle": (),
 }

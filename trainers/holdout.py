@@ -123,11 +123,11 @@ class CaseSample:
 
 
 def cases_table(cases: SessionBatch) -> pa.Table:
-    """Cases as a table with the columns `history`, `items`, and `user` and features where there are some."""
+    """Cases as a table with the column `items`, and `history`, `user` and features where there are some."""
     columns: dict[str, pa.Array] = {}
     for name, lists in (("history", cases.history), ("items", cases.items)):
-        assert lists is not None
-        columns[name] = pa.LargeListArray.from_arrays(pa.array(lists.offsets), lists.values)
+        if lists is not None:
+            columns[name] = pa.LargeListArray.from_arrays(pa.array(lists.offsets), lists.values)
     if cases.user is not None:
         columns["user"] = cases.user
     return pa.table({**columns, **cases.features})

@@ -27,7 +27,8 @@ from trainers.objectives import schedule
 from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, prepare
 from trainers.sessions import SessionReader, read_ahead
 
-_STEPS_BETWEEN_QUESTIONS = 16  # whether a checkpoint is due
+_STEPS_BETWEEN_QUESTIONS = 16  # whether a checkpoint is due, whether to stop
+_STOP = "stop"  # a file of this name in a run's folder stops its training
 
 
 def train(config: Config, *, fresh: bool = False, on_event: Listener | None = None) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def train(config: Config, *, fresh: bool = False, on_event: Listener | None = No
     elif (before := store.newest_config()) is not None:
         check_same_run(before, config, store.folder)
     run.mkdir(parents=True, exist_ok=True)
+    (run / _STOP).unlink(missing_ok=True)
     result: dict[str, Any] = launch(
         train_worker,
         config_to_dict(config),
@@ -65,6 +67,14 @@ def train(config: Config, *, fresh: bool = False, on_event: Listener | None = No
         on_event=on_event,
     )
     return result
+
+
+def ask_to_stop(run: str | Path) -> None:
+    """Ask the training of `run` to stop, from any thread or process that sees its folder.
+
+    It looks when it reports progress or has validated, writes a checkpoint, and returns a result with `stopped_early`.
+    """
+    (Path(run) / _STOP).touch()
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +103,10 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         write_atomic(Path(config.run) / "config.toml", to_toml(config).encode())
         _announce(config, prepared, model, progress, warnings)
     run = _Run(config, place, reader, prepared, model, store, progress, cases)
-    run.train()
+    try:
+        run.train()
+    finally:
+        run.close()
     return run.result()
 
 
@@ -131,6 +144,7 @@ class _Run:
         self.loss, self.pairs, self.examples, self.num_trainable = 0.0, 0, 0, 0
         self.bad_rows_before = progress.bad_rows
         self.share_at_start = self._share(progress.position, 0)
+        self.is_asked_to_stop = self.is_stopped = False
 
     def train(self) -> None:
         """Epochs of steps; a checkpoint now and then, a validation at an epoch's end."""
@@ -149,8 +163,11 @@ class _Run:
                         "or both, and start over with `--fresh`",
                     )
                 self._count(loss, pairs, step.num_examples, share, rate)
-                if self._checkpoint_is_due():
+                is_due, self.is_stopped = self._questions()
+                if is_due or self.is_stopped:
                     self._save()
+                if self.is_stopped:
+                    return
             if not self.num_trainable and self.share_at_start == 0.0:  # one that resumed may have only the rest to see
                 raise DataError(
                     "there is nothing to train on: no session has two known items, or what model.query asks for",
@@ -158,6 +175,9 @@ class _Run:
                 )
             self.progress.position = Position(epoch + 1)
             self._save(best=self._validate(epoch))
+
+    def close(self) -> None:
+        """Close the run's log, whatever has ended the training."""
         if self.log is not None:
             self.log.close()
 
@@ -214,20 +234,29 @@ class _Run:
             "seconds_left": (now - self.resumed_at) * (1.0 - share) / gained if gained > 0 else None,
             "peak_rss_bytes": peak_rss_bytes(),
         }
-        self.log.write(event)
-        report(event)
+        self._tell(event)
         self.reported_at, self.loss, self.pairs, self.examples = now, 0.0, 0, 0
 
-    def _checkpoint_is_due(self) -> bool:
-        """Whether rank 0's clock says so; workers are asked now and then, since asking costs an exchange."""
+    def _tell(self, event: dict[str, Any]) -> None:
+        assert self.log is not None
+        self.log.write(event)
+        report(event)
+        self.is_asked_to_stop = (Path(self.config.run) / _STOP).exists()
+
+    def _questions(self) -> tuple[bool, bool]:
+        """Whether a checkpoint is due and whether to stop, by rank 0's clock and folder.
+
+        Workers are asked now and then, since asking costs an exchange.
+        """
         due = time.monotonic() - self.saved_at >= self.config.train.checkpoint_seconds
         if self.place.world_size == 1:
-            return due
+            return due, self.is_asked_to_stop
         if self.progress.step % _STEPS_BETWEEN_QUESTIONS:
-            return False
-        flag = torch.tensor([due], dtype=torch.int32)
-        dist.broadcast(flag, 0)
-        return bool(flag.item())
+            return False, False
+        flags = torch.tensor([due, self.is_asked_to_stop], dtype=torch.int32)
+        dist.broadcast(flags, 0)
+        due, stop = flags.tolist()
+        return bool(due), bool(stop)
 
     def _save(self, *, best: bool = False) -> None:
         self.progress.seconds = time.monotonic() - self.started
@@ -260,8 +289,7 @@ class _Run:
         progress.validations.append({"epoch": epoch + 1, **figures})
         if self.log is not None:
             event = {"kind": "validation", "step": progress.step, "epoch": epoch + 1, **figures, "best": best}
-            self.log.write(event)
-            report(event)
+            self._tell(event)
         return best
 
     def _stopped_early(self) -> bool:
@@ -271,11 +299,12 @@ class _Run:
     def result(self) -> dict[str, Any]:
         """The run's figures; rank 0 also leaves them in `<run>/result.json`."""
         progress = self.progress
+        is_done = progress.position.epoch >= self.config.train.epochs
         result = {
             "run": self.config.run,
             "epochs": progress.position.epoch,
             "steps": progress.step,
-            "stopped_early": self._stopped_early() and progress.position.epoch < self.config.train.epochs,
+            "stopped_early": self.is_stopped or (self._stopped_early() and not is_done),
             "seconds": progress.seconds,
             "workers": self.place.world_size,
             "items": self.model.num_items,
@@ -326,6 +355,11 @@ def _step_of(line: str) -> float:
 def _announce(config: Config, prepared: Prepared, model: Model, progress: Progress, warnings: list[str]) -> None:
     for warning in warnings:
         report({"kind": "note", "text": f"warning: {warning}"})
+    if config.model.kind == "item2vec" and config.cluster.workers > 2:
+        text = (
+            "item2vec merges what its workers have learned, and how well that goes with more than two is not measured"
+        )
+        report({"kind": "note", "text": f"warning: {text} yet; a smaller train.batch_size brings them closer"})
     tables = sum(spec.num_bytes(model.tables.optimizer) for spec in model.tables.specs.values())
     text = (
         f"{config.model.kind}: {prepared.num_sessions:,} sessions, {model.num_items:,} items, "

@@ -32,7 +32,19 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         "print([m for m in ('torch', 'ray', 'numpy', 'pyarrow', 'rich', 'trainers') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    for command in ("doctor", "sessions", "train", "export", "evaluate", "serve", "query", "submit", "demo", "config"):
+    for command in (
+        "doctor",
+        "sessions",
+        "train",
+        "tune",
+        "export",
+        "evaluate",
+        "serve",
+        "query",
+        "submit",
+        "demo",
+        "config",
+    ):
         assert f"    {command} " in run.stdout
     assert run.stdout.splitlines()[-1] == "[]"
 
