@@ -16,7 +16,7 @@ from cluster.config import Config
 from cluster.errors import ArtifactError, CheckpointError, DataError, SettingError
 from embedding_service.artifact import Artifact
 from embedding_service.retrieval import Retriever
-from tests.trainers.runs import small_config, write_sessions
+from tests.trainers.runs import final_tensors, small_config, write_sessions
 from trainers.evaluate import evaluate
 from trainers.export import export_run
 from trainers.loop import train
@@ -297,6 +297,21 @@ class TestLoop:
         second = train(config, on_event=lambda event: notes.append(event.get("text", "")))
         assert second["steps"] == first["steps"]
         assert any("nothing left to do; raise train.epochs" in note for note in notes)
+
+    @pytest.mark.parametrize("architecture", ["skipgram", "cbow"])
+    def test_threads_are_reproducible(self, tmp_path: Path, data: Path, architecture: str) -> None:
+        def tables(name: str, threads: int) -> dict[str, str]:
+            config = small_config(
+                tmp_path / name,
+                data / "train.parquet",
+                model={"architecture": architecture},
+                train={"threads": threads, "epochs": 1, "validate_every": 0},
+            )
+            train(config, on_event=lambda event: None)
+            return final_tensors(config)
+
+        assert tables("first", 2) == tables("second", 2)
+        assert tables("first", 2) != tables("alone", 1)
 
     def test_fresh_starts_over(self, tmp_path: Path, data: Path) -> None:
         train(small_config(tmp_path / "run", data / "train.parquet", train={"epochs": 2}), on_event=lambda event: None)
