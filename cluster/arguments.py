@@ -122,7 +122,7 @@ def _add_training(add: Add) -> None:
         metavar="FILE",
         help="test cases; `valid` for the run's validation cases (default: data.test)",
     )
-    sub.add_argument("--k", type=_numbers, default=(10, 20), metavar="N,N", help="cut-offs (default 10,20)")
+    sub.add_argument("--k", type=_numbers, metavar="N,N", help="cut-offs (default 10,20)")
     sub.add_argument(
         "--word-pairs",
         action="append",

@@ -222,7 +222,7 @@ def _evaluate(args: Arguments) -> int:
     from cluster.console import table
     from trainers.evaluate import evaluate
 
-    report = evaluate(args.path, cases=args.cases, ks=args.k, which=args.which, overrides=args.set)
+    report = evaluate(args.path, cases=args.cases, ks=args.k or (10, 20), which=args.which, overrides=args.set)
     if args.json:
         print(json.dumps(report))
         return 0
@@ -243,7 +243,7 @@ def _evaluate(args: Arguments) -> int:
 
 
 def _evaluate_words(args: Arguments) -> int:
-    for name in ("cases", "set"):
+    for name in ("cases", "k", "set"):
         if getattr(args, name):
             raise SettingError(f"--{name}", "has no effect with --word-pairs or --analogies")
     from cluster.console import table
@@ -253,7 +253,10 @@ def _evaluate_words(args: Arguments) -> int:
     if args.json:
         print(json.dumps(report))
         return 0
-    rows = [[row["what"], f"{row['score']:.4f}", f"{row['used']:,} of {row['given']:,}"] for row in report]
+    rows = [
+        [row["what"], "" if row["score"] is None else f"{row['score']:.4f}", f"{row['used']:,} of {row['given']:,}"]
+        for row in report
+    ]
     print(table(("", "score", "known"), rows))
     return 0
 

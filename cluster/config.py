@@ -46,7 +46,7 @@ class DataSettings:
     valid: str = setting("", "validation cases (history + ground truth); empty: held out of train, see holdout")
     test: str = setting("", "test cases, read by `lexshard evaluate` only")
     items: str = setting("items", "column of item keys: list or large_list of int64, string or dictionary")
-    text: bool = setting(False, "the items column of `train` holds text, and the keys are its words (white space)")
+    text: bool = setting(False, "the column that `items` names holds text in `train`: keys are its words (white space)")
     user: str = setting("", "column of the user key; empty: sessions have no user")
     history: str = setting(
         "history",
@@ -277,7 +277,8 @@ class TrainSettings:
     seed: int = setting(0, "every random choice follows from this", low=0)
     threads: int = setting(
         0,
-        "threads per worker; 0: all cores divided by workers. Item2vec's result depends on their number",
+        "threads per worker; 0: all cores divided by workers. Item2vec's result depends on their number, and is the "
+        "same bit by bit for one number",
         low=0,
     )
     validate_every: int = setting(1, "epochs between validations; 0: never", low=0)

@@ -194,8 +194,13 @@ def decode_column(
         nulls = _mask(pc.is_null(values, nan_is_null=True)) if one.kind != "feature" else None
         expected = "a key" if one.kind == "keys" else "a time"
         return values, _problems(one.name, (f"is null; expected {expected}", nulls), (_TOO_LARGE, out_of_range))
+    if one.kind == "text":
+        texts, _ = _decode_values(chunks, to)
+        return _words(texts), _problems(
+            one.name, ("is null; expected a text (an empty one is fine)", _mask(texts.is_null()))
+        )
     null_lists = np.concatenate([_mask(part.is_null()) for part in chunks]) if chunks else np.zeros(0, bool)
-    parts = [_words(part, to) if one.kind == "text" else Ragged.from_arrow(part) for part in chunks]
+    parts = [Ragged.from_arrow(part) for part in chunks]
     values, out_of_range = _decode_values([part.values for part in parts], to)
     lengths = np.concatenate([part.lengths for part in parts]) if parts else np.zeros(0, np.int64)
     lists = Ragged(values, np.concatenate([[0], np.cumsum(lengths)]))
@@ -249,10 +254,9 @@ def _mask(array: pa.Array) -> npt.NDArray[np.bool_]:
     return np.asarray(array.to_numpy(zero_copy_only=False), bool)
 
 
-def _words(texts: pa.Array, to: pa.DataType) -> Ragged:
+def _words(texts: pa.Array) -> Ragged:
     """The words of each text, as white space separates them; a null has none."""
-    split = pc.utf8_split_whitespace(_decode_values([texts], to)[0])
-    words = Ragged.from_arrow(split)
+    words = Ragged.from_arrow(pc.utf8_split_whitespace(texts))
     return words.keep(np.asarray(pc.not_equal(words.values, "")))  # white space at the ends, and empty texts
 
 
@@ -340,13 +344,14 @@ def _wrong_type(schema: pa.Schema, one: Field, found: pa.DataType) -> str:
     key = "integers, strings or a dictionary of them"
     expected = {
         "lists": f"a list or large_list of {key}",
-        "text": "a string",
+        "text": "a string, as data.text is true",
         "time": "a timestamp, a date or a number",
         "feature": f"{key}, lists of these, floats or a fixed_size_list of floats",
     }.get(one.kind, key)
     message = f"column `{one.name}` (for {one.role}) is {found}; expected {expected}"
     fitting = [f"`{other.name}`" for other in schema if _decoded(other.type, one.kind) is not None]
     if one.kind == "lists" and not fitting and _key_type(found) is not None:
-        return message + "; one row per event? Make sessions of it first: `lexshard sessions`"
+        hint = "; text? Its words are the keys with `--set data.text=true`" if _key_type(found) != pa.int64() else ""
+        return message + "; one row per event? Make sessions of it first: `lexshard sessions`" + hint
     hint = f" (of that type: {', '.join(fitting)})" if fitting else ""
     return message + f"; convert it, or name another column with `{one.option}NAME`{hint}"

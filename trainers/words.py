@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from cluster.config import config_from_dict, config_to_dict, load_config
-from cluster.errors import DataError
+from cluster.errors import CheckpointError, DataError
 from cluster.launch import launch
 from cluster.rank import current_rank
 from embedding_service.artifact import Artifact
 from embedding_service.exact import unit_length
+from embedding_service.keys import Vocabulary
 from trainers.evaluate import load_trained
 from trainers.prepare import load_prepared
 
@@ -28,7 +30,8 @@ def evaluate_words(
     pairs: files of `word word score` lines; analogies: files of `: section` and `a b c d` lines (Mikolov et al. 2013),
     whatever their case; which: `best` or `last` checkpoint; top: see `analogy_accuracy`. Returns a row {"what",
     "score", "used", "given"} for every file of pairs (Spearman) and every section of analogies (accuracy), whose `used`
-    lines of the `given` ones have known words only. Raises LexshardError.
+    lines of the `given` ones have known words only; a score that cannot be told from these is None. Raises
+    LexshardError.
     """
     folder = Path(path)
     questions: dict[str, Any] = {"pairs": list(pairs), "analogies": list(analogies), "top": top}
@@ -39,25 +42,36 @@ def evaluate_words(
             _evaluate_checkpoint, settings, workers=1, engine="inline", storage=str(folder)
         )
         return report
+    if not folder.exists():
+        raise CheckpointError(f"{path}: there is no such run or artifact")
     artifact = Artifact.open(folder)
     name = "input" if "input" in artifact.manifest["vectors"] else "item"
-    keys = artifact.keys(artifact.manifest["vectors"][name]["keys"])
-    return score_words(keys.keys.to_pylist(), artifact.vectors(name).take(np.arange(len(keys.keys))), **questions)
+    words = _words(artifact.keys(artifact.manifest["vectors"][name]["keys"]), path)
+    return score_words(words, artifact.vectors(name).take(np.arange(len(words))), **questions)
 
 
 def _evaluate_checkpoint(settings: dict[str, Any]) -> list[dict[str, Any]]:
     config = config_from_dict(settings.pop("config"))
     prepared, place = load_prepared(config.run), current_rank(config.cluster.device)
     model, _ = load_trained(config, prepared, place, which=settings.pop("which"))
-    keys = prepared.keys["item"].keys.to_pylist()
-    return score_words(keys, model.vectors(model.similar_set, 0, len(keys)).cpu().numpy(), **settings)
+    words = _words(prepared.keys["item"], config.run)
+    return score_words(words, model.vectors(model.similar_set, 0, len(words)).cpu().numpy(), **settings)
+
+
+def _words(vocabulary: Vocabulary, path: str) -> list[str]:
+    if vocabulary.keys.type != pa.large_string():
+        raise DataError(
+            f"its items are {vocabulary.keys.type} keys, not words; leave out the pairs and analogies", file=path
+        )
+    words: list[str] = vocabulary.keys.to_pylist()
+    return words
 
 
 def score_words(
-    words: Sequence[Any], vectors: np.ndarray, *, pairs: Sequence[str], analogies: Sequence[str], top: int = 30_000
+    words: Sequence[str], vectors: np.ndarray, *, pairs: Sequence[str], analogies: Sequence[str], top: int = 30_000
 ) -> list[dict[str, Any]]:
     """The report of `evaluate_words` for vectors float32 [n, dim] of n words, most frequent first."""
-    rows = {str(word).lower(): row for row, word in reversed(list(enumerate(words)))}
+    rows = {word.lower(): row for row, word in reversed(list(enumerate(words)))}
     vectors = unit_length(vectors)
     report: list[dict[str, Any]] = []
     for file in pairs:
@@ -66,20 +80,24 @@ def score_words(
         known = (found >= 0).all(axis=1)
         left, right = vectors[found[known].T]
         value = spearman((left * right).sum(axis=1), scores[known])
-        report.append({"what": file, "score": value, "used": int(known.sum()), "given": len(listed)})
+        report.append(_report(file, value, int(known.sum()), len(listed)))
     for file in analogies:
         for section, questions in read_analogies(file).items():
             found = np.array([[rows.get(word, len(vectors)) for word in one] for one in questions])
             known = (found < min(top, len(vectors))).all(axis=1)
             value = analogy_accuracy(vectors, found[known], top=top)
-            report.append({"what": section, "score": value, "used": int(known.sum()), "given": len(questions)})
+            report.append(_report(section, value, int(known.sum()), len(questions)))
     return report
+
+
+def _report(what: str, score: float, used: int, given: int) -> dict[str, Any]:
+    return {"what": what, "score": None if np.isnan(score) else score, "used": used, "given": given}
 
 
 def read_pairs(file: str) -> tuple[list[list[str]], np.ndarray]:
     """(the pairs' words in lower case, their scores float64 [n]); lines that begin with # are left out.
 
-    Raises DataError for a line that is not two words and a number.
+    Columns after the third are not read. Raises DataError for a line that does not begin with two words and a number.
     """
     words, scores = [], []
     for number, line in _lines(file):
@@ -87,7 +105,9 @@ def read_pairs(file: str) -> tuple[list[list[str]], np.ndarray]:
         try:
             score = float(parts[2])
         except (IndexError, ValueError):
-            raise DataError(f"line {number} is not `word word score`: {line!r}", file=file) from None
+            score = float("nan")
+        if not np.isfinite(score):
+            raise DataError(f"line {number} is not `word word score`: {line!r}", file=file)
         words.append(parts[:2])
         scores.append(score)
     if not words:
@@ -149,7 +169,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 def _lines(file: str) -> list[tuple[int, str]]:
     """(number, text) of the lines that say something."""
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read as text: {error}", file=file) from None
     numbered = enumerate(text.splitlines(), start=1)

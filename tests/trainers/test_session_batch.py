@@ -98,6 +98,50 @@ def test_times(tmp_path: Path, times: pa.Array, expected: pa.Array) -> None:
     assert read(file, Columns(time="t")).time == expected
 
 
+TEXTS = ["  the cat\tsat ", "", "the\u00a0 mat\n\n", " \t"]
+TEXT_WORDS = [["the", "cat", "sat"], [], ["the", "mat"], []]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "texts",
+    [
+        pa.array(TEXTS),
+        pa.array(TEXTS, pa.large_string()),
+        pa.array(TEXTS).dictionary_encode(),
+        pa.array(["left out", *TEXTS]).slice(1),
+    ],
+    ids=["string", "large_string", "dictionary", "slice"],
+)
+def test_text_is_split_into_words(tmp_path: Path, texts: pa.Array, kind: str) -> None:
+    file = write_table(tmp_path / "part", {"line": texts, "user": [1, 2, 3, 4]}, kind, chunk=3)
+    batch = read(file, Columns("line", user="user", text=True))
+    assert batch.items.to_lists() == TEXT_WORDS
+    assert batch.items.values.type == pa.large_string()
+    assert batch.user == pa.array([1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        pa.array(["a  b", None, "", "c"]),
+        pa.array(["a  b", None, "", "c"]).dictionary_encode(),
+        pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 3]), pa.array(["a  b", None, "", "c"])),
+    ],
+    ids=["string", "dictionary", "null in the dictionary"],
+)
+def test_a_null_text_is_named_or_skipped(tmp_path: Path, texts: pa.Array) -> None:
+    file = write_table(tmp_path / "part", {"items": texts}, "ipc_file")
+    with pytest.raises(DataError) as caught:
+        read(file, Columns(text=True))
+    assert str(caught.value) == (
+        f"{file}, row group 0, row 1: column `items` is null; expected a text (an empty one is fine){WAY_OUT}"
+    )
+    batch = read(file, Columns(text=True), "skip")
+    assert batch.items.to_lists() == [["a", "b"], [], ["c"]]
+    assert batch.row_ids.tolist() == [0, 2, 3]
+
+
 def test_concat_of_empty_batches_keeps_the_columns() -> None:
     empty = SessionBatch(Ragged.from_lists([], pa.int64()), np.array([], np.int64), history=Ragged.from_lists([]))
     joined = SessionBatch.concat([empty, empty])
@@ -189,6 +233,18 @@ KEY = "integers, strings or a dictionary of them"
             "Make sessions of it first: `lexshard sessions`",
         ),
         (
+            {"items": ["a b"]},
+            Columns(),
+            f"column `items` (for items) is string; expected a list or large_list of {KEY}; one row per event? Make "
+            "sessions of it first: `lexshard sessions`; text? Its words are the keys with `--set data.text=true`",
+        ),
+        (
+            {"basket": [["a"]], "line": ["a b"]},
+            Columns("basket", text=True),
+            "column `basket` (for items) is list<element: string>; expected a string, as data.text is true; convert "
+            "it, or name another column with `--set data.items=NAME` (of that type: `line`)",
+        ),
+        (
             {"items": [[1]], "user": [1.5]},
             Columns(user="user"),
             f"column `user` (for user) is double; expected {KEY}; convert it, or name another column with "
@@ -207,7 +263,7 @@ KEY = "integers, strings or a dictionary of them"
             "must have one type: convert one of them",
         ),
     ],
-    ids=["float keys", "event log", "float user", "string time", "history of another type"],
+    ids=["float keys", "event log", "text", "lists for text", "float user", "string time", "history of another type"],
 )
 def test_a_wrong_type_says_what_was_expected(
     tmp_path: Path, table: dict[str, object], columns: Columns, expected: str

@@ -11,14 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.cli import main
 from cluster.config import Config
 from cluster.errors import ArtifactError, CheckpointError, DataError, SettingError
 from embedding_service.artifact import Artifact
 from embedding_service.retrieval import Retriever
-from tests.trainers.runs import small_config, write_sessions
+from tests.trainers.runs import final_tensors, small_config, write_sessions
 from trainers.evaluate import evaluate
 from trainers.export import export_run
 from trainers.loop import train
+from trainers.prepare import load_prepared
 
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "item2vec": {"model": {"kind": "item2vec"}, "train": {"epochs": 12, "learning_rate": 0.1}},
@@ -119,6 +121,85 @@ def test_cases_of_a_file(run: Config, data: Path, tmp_path: Path) -> None:
         assert figures["recall@100"] <= 0.75  # key 8888 is unknown: half of the second case cannot be found
 
 
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run on a column `line` of plain text, whose words are w0, w1... in planted groups of ten."""
+    folder = tmp_path_factory.mktemp("text")
+    sessions = pq.read_table(write_sessions(folder / "plain.parquet"))["items"].to_pylist()
+    lines = ["  ".join(f"w{key - 1000}" for key in keys) + "\n" for keys in sessions]
+    pq.write_table(pa.table({"line": lines}), folder / "text.parquet")
+    config = small_config(
+        folder / "run",
+        folder / "text.parquet",
+        data={"items": "line", "text": True},
+        train={"epochs": 12, "learning_rate": 0.1, "metric": "recall@5", "checkpoint_seconds": 60.0},
+    )
+    train(config, on_event=lambda event: None)
+    return config
+
+
+def questions(folder: Path) -> list[str]:
+    """Options of `lexshard evaluate`: pairs of one group are alike, of two are not; every third line is unknown."""
+    alike = [f"w{10 * g} w{10 * g + 1} 9\nw{10 * g} w{(10 * g + 10) % 120} 1\nw{10 * g} nothing 5\n" for g in range(12)]
+    (folder / "pairs.txt").write_text("".join(alike))
+    (folder / "none.txt").write_text("nothing nobody 1\nnothing nowhere 2\n")
+    (folder / "analogies.txt").write_text(": known\nw0 w1 w10 w11\nw0 w1 w2 nothing\n: Unknown\na b c d\n")
+    files = ["--word-pairs", "pairs.txt", "--word-pairs", "none.txt", "--analogies", "analogies.txt"]
+    return [name if name.startswith("--") else str(folder / name) for name in files]
+
+
+class TestWords:
+    def test_words_are_scored_of_checkpoint_and_artifact(
+        self, text_run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        export_run(text_run.run, overrides=["export.precision=fp32"], on_event=lambda event: None)
+        reports = []
+        for path in (text_run.run, f"{text_run.run}/artifacts"):
+            assert main(["evaluate", path, "--json", *questions(tmp_path)]) == 0
+            reports.append(json.loads(capsys.readouterr().out, parse_constant=pytest.fail))  # NaN is no JSON
+        for one, other in zip(*reports, strict=True):
+            assert one == {**other, "score": other["score"] and pytest.approx(other["score"])}
+        pairs, none, known, unknown = reports[0]
+        assert (pairs["what"], pairs["used"], pairs["given"]) == (str(tmp_path / "pairs.txt"), 24, 36)
+        assert pairs["score"] > 0.8
+        assert (none["score"], none["used"], none["given"]) == (None, 0, 2)
+        assert (known["what"], known["used"], known["given"]) == ("known", 1, 2)
+        assert known["score"] in (0.0, 1.0)
+        assert unknown == {"what": "Unknown", "score": None, "used": 0, "given": 1}
+
+    def test_the_table(self, text_run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["evaluate", text_run.run, *questions(tmp_path)]) == 0
+        head, *rows = capsys.readouterr().out.splitlines()
+        assert head.split() == ["score", "known"]
+        assert rows[0].split()[2:] == ["24", "of", "36"]
+        assert float(rows[0].split()[1]) > 0.8
+        assert rows[1].split() == [str(tmp_path / "none.txt"), "0", "of", "2"]
+        assert rows[3].split() == ["Unknown", "0", "of", "1"]
+
+    @pytest.mark.parametrize("option", [["--cases", "valid"], ["--k", "5"], ["--set", "data.mask_seen=false"]])
+    def test_options_without_effect(
+        self, text_run: Config, option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["evaluate", text_run.run, *option, *questions(tmp_path)]) == 2
+        assert f"{option[0]}: has no effect with --word-pairs or --analogies" in capsys.readouterr().err
+
+    def test_items_that_are_no_words(self, run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        export_run(run.run, on_event=lambda event: None)
+        for path in (run.run, f"{run.run}/artifacts"):
+            assert main(["evaluate", path, *questions(tmp_path)]) == 2
+            assert f"{path}: its items are int64 keys, not words" in capsys.readouterr().err
+
+    def test_nowhere(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["evaluate", str(tmp_path / "nowhere"), *questions(tmp_path)]) == 2
+        assert f"{tmp_path}/nowhere: there is no such run or artifact" in capsys.readouterr().err
+
+    def test_planted_groups_of_words_are_learned(self, text_run: Config) -> None:
+        result = json.loads((Path(text_run.run) / "result.json").read_text())
+        assert result["best"]["recall@5"] > 0.7
+        keys = load_prepared(text_run.run).keys["item"].keys.to_pylist()
+        assert sorted(keys) == sorted(f"w{i}" for i in range(120))
+
+
 class TestMistakes:
     def test_evaluate_without_cases(self, run: Config) -> None:
         with pytest.raises(SettingError, match=r"data\.test: is empty; name a file of cases with `--cases FILE`"):
@@ -216,6 +297,21 @@ class TestLoop:
         second = train(config, on_event=lambda event: notes.append(event.get("text", "")))
         assert second["steps"] == first["steps"]
         assert any("nothing left to do; raise train.epochs" in note for note in notes)
+
+    @pytest.mark.parametrize("architecture", ["skipgram", "cbow"])
+    def test_threads_are_reproducible(self, tmp_path: Path, data: Path, architecture: str) -> None:
+        def tables(name: str, threads: int) -> dict[str, str]:
+            config = small_config(
+                tmp_path / name,
+                data / "train.parquet",
+                model={"architecture": architecture},
+                train={"threads": threads, "epochs": 1, "validate_every": 0},
+            )
+            train(config, on_event=lambda event: None)
+            return final_tensors(config)
+
+        assert tables("first", 2) == tables("second", 2)
+        assert tables("first", 2) != tables("alone", 1)
 
     def test_fresh_starts_over(self, tmp_path: Path, data: Path) -> None:
         train(small_config(tmp_path / "run", data / "train.parquet", train={"epochs": 2}), on_event=lambda event: None)
