@@ -14,7 +14,7 @@ from embedding_service.ragged import Ragged
 from embedding_service.vectors import VectorSet
 
 _SPARE = 8  # rows fetched beyond k from an exhaustive index, so that rounding does not decide who is k-th
-_SHARE = 128  # queries that a thread takes at a time: fewer are answered before a second one has begun
+_SHARE = 64  # queries that a thread takes at a time at least: fewer are answered before a second one has begun
 _NO_ROWS = np.empty(0, np.int64)
 
 
@@ -74,7 +74,7 @@ class Candidates:
         if self._index is None:
             return first_unseen(*exact_search(queries, self.vectors, wanted, metric=self._metric), seen, k)
         scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        shares = [slice(i, i + _SHARE) for i in range(0, len(queries), _SHARE)]
+        shares = _shares(len(queries), self._threads)
         todo = iter(shares)
 
         def work() -> None:
@@ -103,6 +103,16 @@ class Candidates:
             members = np.flatnonzero(lacking)
             exact = exact_search(queries[members], self.vectors, wanted, metric=self._metric)
             scores[members], rows[members] = first_unseen(*exact, seen.take(members), scores.shape[1])
+
+
+def _shares(num: int, threads: int) -> list[slice]:
+    """Large shares first, small ones last, so that all threads end together."""
+    shares, start = [], 0
+    while start < num:
+        size = max(_SHARE, (num - start) // (2 * threads))
+        shares.append(slice(start, min(num, start + size)))
+        start += size
+    return shares
 
 
 def num_fetched(k: int, num_seen: npt.NDArray[np.int64]) -> Int64:
