@@ -24,8 +24,8 @@ class Candidates:
     What an index finds is scored again from the stored vectors: an answer's scores are the same through any index, in
     any batch, and by exact search, and so is the order of what was found (score descending, then row).
 
-    The calling thread and `threads` - 1 of `pool` share a batch. As fast as FAISS's own threads, but scoring is shared
-    out too, and no idle thread spins on a core that the server needs.
+    The calling thread and `threads` - 1 of `pool` share a batch. FAISS's own threads would share out the search but not
+    the scoring, and spin for a while afterwards on cores that a server needs.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Candidates:
 
         def work() -> None:
             for share in todo:  # a list's iterator gives each share to one thread
-                seen_here = seen.slice(share.start, min(share.stop, len(queries)))
-                self._search_share(queries[share], wanted, seen_here, scores[share], rows[share])
+                hidden = seen.slice(share.start, share.stop)
+                self._search_share(queries[share], wanted, hidden, scores[share], rows[share])
 
         helpers = [self._pool.submit(work) for _ in range(min(self._threads, len(shares)) - 1)] if self._pool else []
         work()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,18 @@ def _sessions(num: int, seed: int = 0) -> list[list[str]]:
     """Sessions of 0 to 12 items, repeats and unknown keys among them."""
     rng = np.random.default_rng(seed)
     return [[f"i{i:04d}" for i in rng.integers(0, NUM_ITEMS + 20, rng.integers(0, 13))] for _ in range(num)]
+
+
+def test_threads_share_a_batch_without_a_trace(retriever: Retriever) -> None:
+    """Several requests at once, each a batch of several shares, over one pool of threads."""
+    together = Retriever(retriever.artifact, threads=3)
+    batches = [_sessions(400, seed) for seed in range(4)]
+    with ThreadPoolExecutor(len(batches)) as clients:
+        answers = list(clients.map(lambda sessions: together.recommend(sessions, 7), batches))
+    for sessions, answer in zip(batches, answers, strict=True):
+        alone = Retriever(retriever.artifact, threads=1).recommend(sessions, 7)
+        np.testing.assert_array_equal(answer.rows, alone.rows)
+        np.testing.assert_array_equal(answer.scores, alone.scores)
 
 
 def test_neighbours_are_those_planted(retriever: Retriever) -> None:
