@@ -161,7 +161,7 @@ def _prefetch_rows(codes: Any, rows: Any) -> None:
         if row >= 0:
             start = codes.ctypes.data + row * row_bytes
             for offset in range(0, row_bytes, _CACHE_LINE):
-                _prefetch(start + offset)
+                _prefetch(start + offset)  # type: ignore[call-arg]  # numba adds the first argument
 
 
 def _scores_of(codes: Any) -> Any:
