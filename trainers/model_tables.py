@@ -15,8 +15,10 @@ from embedding_service.row_maps import MapKind, RowMap, physical_tables
 from embedding_service.tables import Optimizer, TableSpec
 
 _WEIGHTS_PER_ROW = 4  # of learned weights, at most, for every shared row
-_HARMLESS = 2.0  # compression up to which head_tail costs little; see tests/benchmarks/hash_quality.py
-_MOST = {"candidate": 10.0, "query": 50.0}  # compression that `auto` does not go beyond
+# (the items or the query side, times): what `auto` compresses, in this order, and how far; the items' ranking suffers
+# most, see tests/benchmarks/hash_quality.py
+_STAGES = ((False, 10.0), (True, 2.0), (False, 50.0), (True, 10.0))
+_HARMLESS = 2.0  # compression up to which the items' ranking keeps most of its quality
 _DEFAULTS = TableSettings()
 
 
@@ -189,8 +191,7 @@ def row_map(chosen: TableSettings, spec: TableSpec, path: str) -> RowMap:
 def _within(config: Config, tables: ModelTables, budget: int) -> ModelTables:
     """`tables` with as many `auto` ones as need be turned into head_tail, for them to fit `budget` bytes.
 
-    Tables of the query side come first, the largest first, the items last, since sharing rows costs a ranking most; in
-    a first round each gives up to `_HARMLESS` times, in a second up to `_MOST`. Raises SettingError if that is not
+    By the stages of `_STAGES`, each no further than needed, the largest table first. Raises SettingError if that is not
     enough.
     """
     maps = dict(tables.maps)
@@ -205,14 +206,14 @@ def _within(config: Config, tables: ModelTables, budget: int) -> ModelTables:
         if config.tables.get(name, _DEFAULTS).map == "auto":
             groups.setdefault(name, []).append(spec)
     sizes = {name: sum(spec.num_bytes(optimizer) for spec in specs) for name, specs in groups.items()}
-    order = sorted(groups, key=lambda name: (name == "item", -sizes[name], name))
-    for largest in (dict.fromkeys(_MOST, _HARMLESS), _MOST):
-        for name in order:
+    order = sorted(groups, key=lambda name: (-sizes[name], name))
+    for items, most in _STAGES:
+        for name in (one for one in order if (one == "item") == items):
             excess = total() - budget
             if excess <= 0:
                 break
-            now = sum(maps[spec.name].rows * spec.num_bytes(optimizer) // spec.rows for spec in groups[name])
-            most = largest["candidate" if name == "item" else "query"]
+            row_bytes = groups[name][0].num_bytes(optimizer) // groups[name][0].rows
+            now = sum(maps[spec.name].rows * row_bytes for spec in groups[name])
             compression = min(most, sizes[name] / max(1, now - excess)) if now > excess else most
             for spec in groups[name]:
                 rows = int(spec.rows / compression)
@@ -233,7 +234,7 @@ def _key_map(table: str) -> str:
     return "item" if table in ("input", "output", "history") else table
 
 
-def notes(tables: ModelTables) -> Iterator[str]:
+def table_warnings(tables: ModelTables) -> Iterator[str]:
     """What a user should know of the maps before training."""
     for spec in tables.specs:
         map = tables.maps[spec.name]

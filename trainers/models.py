@@ -18,7 +18,7 @@ from embedding_service.towers import Given, Tower
 from trainers.contrast import TEMPERATURES, ContrastSpec
 from trainers.item2vec import Item2Vec
 from trainers.mining import MiningSpec
-from trainers.model_tables import check_tables, model_tables
+from trainers.model_tables import ModelTables, check_tables, model_tables
 from trainers.prepare import Prepared, Sessions, check_feature_names
 from trainers.two_tower import TwoTower
 
@@ -180,12 +180,17 @@ def _contrast_spec(config: Config) -> ContrastSpec:
     )
 
 
+def tables_of(config: Config, prepared: Prepared) -> ModelTables:
+    """The tables of the run's model. Raises SettingError."""
+    return model_tables(config, {name: key_map.num_rows for name, key_map in prepared.key_maps.items()})
+
+
 def build_model(config: Config, prepared: Prepared, *, device: torch.device, threads: int) -> Model:
     """The model that `config` describes, with new tables. A collective call. Raises SettingError."""
     check_model(config)
     model, train = config.model, config.train
     counts = item_counts(prepared.keys["item"])
-    tables = model_tables(config, {name: key_map.num_rows for name, key_map in prepared.key_maps.items()})
+    tables = tables_of(config, prepared)
     if model.kind == "item2vec":
         return Item2Vec(
             counts,
