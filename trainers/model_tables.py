@@ -123,13 +123,6 @@ def _check_table(config: Config, name: str, chosen: TableSettings) -> None:
         raise SettingError(f"{path}.compression", "and rows both say how large the table is: leave one out")
     if shares and not chosen.rows and chosen.compression <= 1.0:
         raise SettingError(f"{path}.compression", f"map = {map} needs rows, or a compression of more than 1")
-    is_candidate = name == "item"
-    if is_candidate and map in ("hashed", "head_tail") and chosen.hashes == 1:
-        raise SettingError(
-            f"{path}.hashes",
-            "1: items that share their only row have one vector and cannot be ranked among each other (on Gowalla "
-            "recall falls to a tenth and less); take 2 or more",
-        )
     if map == "head_tail" and not 0.0 < chosen.head < 1.0:
         raise SettingError(f"{path}.head", "must be between 0 and 1; all rows shared is map = hashed")
     if chosen.learned_weights and chosen.hashes == 1:
@@ -240,9 +233,14 @@ def table_warnings(tables: ModelTables) -> Iterator[str]:
         map = tables.maps[spec.name]
         if map.is_exact or spec.name not in ("item", "output"):
             continue
+        if map.hashes == 1 and not map.remainders:
+            yield (
+                "tables.item.hashes = 1: items that share their only row have one vector and cannot be ranked among "
+                "each other, which leaves little of recall; take 2 or more"
+            )
         times = spec.rows / map.rows
         if times > _HARMLESS:
             yield (
-                f"the items share rows, {spec.rows:,} keys in {map.rows:,}: ranking suffers from that more than "
-                f"from anything else (see README), so hash users and features first, or raise keys.budget"
+                f"the items share rows, {spec.rows:,} keys in {map.rows:,}, which costs a ranking more than anything "
+                "else; let users and features share rows first, or raise keys.budget"
             )

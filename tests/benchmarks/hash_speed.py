@@ -11,8 +11,8 @@ row a key, sees all `--keys`; so does every other map but for strings, which see
     peak_rss_bytes              of the whole process, numba and Arrow included
     rss_growth_bytes            by which it grew while the keys went by: what is not constant would show here
 
-Quotients and remainders and head + tail need ids that count (a vocabulary's); for them the ids are the counter. The last
-line on standard output is one JSON object.
+Quotients and remainders and head + tail need ids that count (a vocabulary's); for them the ids are the counter. The
+last line on standard output is one JSON object.
 """
 
 from __future__ import annotations

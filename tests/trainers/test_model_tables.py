@@ -79,8 +79,6 @@ def test_tables_of_their_own_dimension_and_precision() -> None:
         ("user.compression", {"map": "hashed", "rows": 7, "compression": 2}, "leave one out"),
         ("user.compression", {"map": "hashed"}, "needs rows, or a compression of more than 1"),
         ("user.compression", {"map": "hashed", "compression": 1}, "needs rows, or a compression of more than 1"),
-        ("item.hashes", {"map": "hashed", "compression": 2, "hashes": 1}, "cannot be ranked"),
-        ("item.hashes", {"map": "head_tail", "compression": 2, "hashes": 1}, "cannot be ranked"),
         ("user.head", {"map": "head_tail", "compression": 2, "head": 0.0}, "must be between 0 and 1"),
         ("user.learned_weights", {"map": "hashed", "rows": 9, "hashes": 1, "learned_weights": True}, "2 hashes or"),
         ("item.vocabulary", {"map": "hashed", "rows": 9, "vocabulary": False}, "items must be listed to be ranked"),
@@ -183,3 +181,11 @@ def test_a_report_has_sizes_and_collisions_of_every_table() -> None:
     )
     (warning,) = table_warnings(found)
     assert "the items share rows, 10,000 keys in 200" in warning
+
+
+@pytest.mark.parametrize("kind", ["hashed", "head_tail"])
+def test_one_hash_of_the_items_is_warned_of(kind: str) -> None:
+    one, two = (tables(tables={"item": {"map": kind, "compression": 1.5, "hashes": hashes}}) for hashes in (1, 2))
+    (warning,) = table_warnings(one)
+    assert "cannot be ranked among each other" in warning
+    assert list(table_warnings(two)) == []
