@@ -206,7 +206,7 @@ def _interchange(args: Arguments) -> int:
 
     artifact = Artifact.open(folder)
     name = args.vectors or "item"
-    vectors = artifact.vectors(name)
+    vectors = artifact.vectors_by_id(name)
     keys = artifact.keys(artifact.manifest["vectors"][name]["keys"])
     if args.to == "parquet":
         write_parquet(args.out, keys, vectors)
@@ -369,7 +369,7 @@ def _user_keys(artifact: Any) -> Any:
     """The users that the artifact's query tower sees. Raises LexshardError."""
     if all(block.source != "user" for block in artifact.query_tower().spec.inputs):
         raise LexshardError("--user: the model of this artifact sees no users; leave it out")
-    return artifact.keys("user")
+    return artifact.key_map("user")
 
 
 def _typed(key: str, key_type: str) -> int | str:

@@ -83,6 +83,36 @@ class KeySettings:
 
     min_count: int = setting(1, "keys seen less often than this are unknown", low=1)
     unknown: Literal["skip", "row"] = setting("skip", "unknown keys are left out, or share one trained row")
+    budget: str = setting(
+        "",
+        "memory for all tables and their optimiser state, over all workers, like 2GiB: tables whose map is auto then "
+        "share rows where that is not enough; empty: no limit",
+    )
+
+
+@dataclass(frozen=True)
+class TableSettings:
+    """How the keys of one table find their vectors; a section each, by the table's name."""
+
+    map: Literal["auto", "exact", "hashed", "head_tail", "quotient_remainder"] = setting(
+        "auto",
+        "exact: every key has its row; hashed: every key is a sum of `hashes` rows that it shares; head_tail: the most "
+        "frequent keys have their rows, the others are hashed; quotient_remainder: every key is made of a pair of rows "
+        "that only it has; auto: exact, or head_tail where keys.budget asks for it",
+    )
+    rows: int = setting(0, "rows of the table; 0: by compression", low=0)
+    compression: float = setting(0.0, "how many times fewer bytes than exact; 0: by rows", low=0.0)
+    head: float = setting(0.5, "head_tail: share of the rows that frequent keys have to themselves", low=0.0, high=1.0)
+    hashes: int = setting(2, "hashed, head_tail: rows that a key is the sum of", low=1, high=8)
+    learned_weights: bool = setting(False, "hashed, head_tail: every key learns how much of each of its rows it takes")
+    product: bool = setting(False, "quotient_remainder: a key's two rows are multiplied, not added")
+    vocabulary: bool = setting(
+        True,
+        "false: keys are not listed anywhere but hashed as they come, which takes no memory however many there are; "
+        "for map = hashed of user and query features, with `rows`",
+    )
+    dim: int = setting(0, "dimension of the table, for towers with hidden layers; 0: model.dim", low=0, high=4096)
+    precision: Literal["", "fp32", "fp16"] = setting("", "precision of the table; empty: model.precision")
 
 
 @dataclass(frozen=True)
@@ -336,6 +366,7 @@ class Config:
     run: str = setting("runs/default", "folder of the run, local or mounted: checkpoints, metrics, artifacts")
     data: DataSettings = DataSettings()
     keys: KeySettings = KeySettings()
+    tables: dict[str, TableSettings] = field(default_factory=dict)  # item, user, query_<feature>, item_<feature>
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
     cluster: ClusterSettings = ClusterSettings()
@@ -392,13 +423,18 @@ def describe(config: Config) -> Iterator[tuple[str, Any, Any, str]]:
 def to_toml(config: Config) -> str:
     """`config` as a TOML file with every setting's documentation as a comment."""
     lines: list[str] = []
-    section = None
+    section = ""
     for path, value, _, doc in describe(config):
-        *parents, name = path.split(".")
-        if parents and parents[0] != section:
-            section = parents[0]
+        parents, _, name = path.rpartition(".")
+        if parents != section:
+            section = parents
             lines += ["", f"[{section}]"]
         lines += [f"# {doc}", f"{name} = {_toml_value(value)}"]
+    if not config.tables:
+        lines += ["", "# a table of its own kind: item (history, too), user, query_<feature> or item_<feature>"]
+        lines.append("# [tables.item]")
+        for spec in dataclasses.fields(TableSettings):
+            lines += [f"# # {spec.metadata['doc']}", f"# {spec.name} = {_toml_value(spec.default)}"]
     return "\n".join(lines).lstrip() + "\n"
 
 
@@ -428,6 +464,9 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any
         path = f"{prefix}{spec.name}"
         if dataclasses.is_dataclass(value):
             yield from _leaves(value, f"{path}.")
+        elif isinstance(value, dict):
+            for name, part in value.items():
+                yield from _leaves(part, f"{path}.{name}.")
         else:
             yield path, spec, value
 
@@ -462,6 +501,14 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
             raise SettingError(path, _unknown(name, list(specs)))
         if dataclasses.is_dataclass(hints[name]):
             values[name] = _build(typing.cast(type, hints[name]), value, f"{path}.")
+        elif typing.get_origin(hints[name]) is dict:  # sections that the user names
+            if not isinstance(value, Mapping):
+                raise SettingError(path, f"holds sections, not a value ({value!r})")
+            part = typing.get_args(hints[name])[1]
+            for one in value:
+                if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", one):
+                    raise SettingError(f"{path}.{one}", "is no section's name: letters, digits and _")
+            values[name] = {one: _build(part, value[one], f"{path}.{one}.") for one in sorted(value)}
         else:
             values[name] = _check(path, value, hints[name], specs[name].metadata)
     return cls(**values)

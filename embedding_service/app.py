@@ -26,10 +26,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import ArtifactError, LaunchError, SettingError
 from embedding_service.artifact import Artifact
+from embedding_service.hashed_keys import KeyMap
 from embedding_service.http_api import HttpApi
 from embedding_service.http_ports import check_port, high_throughput_environment
 from embedding_service.http_schema import Catalogue, FeatureType, Limits
-from embedding_service.keys import Vocabulary
 from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
 from embedding_service.towers import TowerInput
 
@@ -84,11 +84,11 @@ def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1)
     check_servable(artifact)
     manifest = artifact.manifest
 
-    def key_map(vectors: str) -> Vocabulary:
-        return artifact.keys(manifest["vectors"][vectors]["keys"])
+    def key_map(vectors: str) -> KeyMap:
+        return artifact.key_map(manifest["vectors"][vectors]["keys"])
 
     index = manifest["indexes"][RECOMMEND]
-    items = key_map(index["vectors"])
+    items = artifact.keys(manifest["vectors"][index["vectors"]]["keys"])
     inputs = {block.source: block for block in artifact.query_tower().spec.inputs}
     users = key_map(inputs["user"].vectors) if "user" in inputs else None
 
@@ -104,7 +104,7 @@ def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1)
     }
     catalogue = Catalogue(
         version=artifact.version,
-        num_items=len(items.keys),
+        num_items=items.num_keys,
         dim=index["dim"],
         key_type=items.key_type,
         user_type=None if users is None else users.key_type,

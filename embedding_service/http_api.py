@@ -32,9 +32,11 @@ from urllib.parse import parse_qsl
 import orjson
 
 from cluster.errors import DataError, KeyNotFound, SettingError
-from embedding_service.http_queries import KeyMap, Queries, Retrieval, Single, Work
+from embedding_service.hashed_keys import KeyMap
+from embedding_service.http_queries import Queries, Retrieval, Single, Work
 from embedding_service.http_schema import ARROW_TYPE, Catalogue, Limits, Problem, openapi
 from embedding_service.http_turns import Turns
+from embedding_service.keys import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ class HttpApi:
         self,
         retriever: Retrieval,
         catalogue: Catalogue,
-        items: KeyMap,
+        items: Vocabulary,
         users: KeyMap | None = None,
         *,
         limits: Limits = Limits(),  # noqa: B008 (frozen)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from embedding_service.hashed_keys import KeyMap
 from embedding_service.http_arrow import read_vectors, write_results
 from embedding_service.http_schema import Catalogue, Key, KeyType, Limits, Problem, RequestModels
 
@@ -45,15 +46,6 @@ class Retrieval(Protocol):
         features: Mapping[str, Sequence[Any]] | None = ...,
         exclude_seen: bool = ...,
     ) -> Results: ...
-
-
-class KeyMap(Protocol):
-    """The part of `keys.Vocabulary` that tells known keys from unknown ones."""
-
-    @property
-    def keys(self) -> Any: ...
-    def row(self, key: object) -> int: ...
-    def rows(self, keys: Sequence[Any]) -> npt.NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)
@@ -282,7 +274,7 @@ def _items(results: Results) -> list[list[dict[str, Any]]]:
 
 def _known(key_map: KeyMap, keys: Sequence[Any]) -> Iterable[bool]:
     """For each key whether the map has a row of its own for it."""
-    num_keys = len(key_map.keys)
+    num_keys = key_map.num_keys
     if len(keys) <= 16:
         return [0 <= key_map.row(key) < num_keys for key in keys]
     rows = key_map.rows(keys)

@@ -21,6 +21,7 @@ from embedding_service.artifact import Artifact
 from embedding_service.candidates import Candidates, first_unseen, num_fetched
 from embedding_service.exact import Float32, Int64, unit_length
 from embedding_service.keys import Key, Vocabulary
+from embedding_service.mapped_vectors import MappedVectors
 from embedding_service.ragged import Ragged, offsets_of, take_values
 from embedding_service.towers import Given, InputRows, Sequences, Tower, input_rows, missing, says
 from embedding_service.vectors import VectorSet
@@ -224,11 +225,11 @@ class QueryEncoder:
         self.dim = tower.spec.dim
         looked_up = [block for block in tower.spec.inputs if block.encoder != "project"]
         self.key_maps = {block.source: str(artifact.manifest["vectors"][block.vectors]["keys"]) for block in looked_up}
-        self._keys = {source: artifact.keys(name) for source, name in self.key_maps.items()}
-        self._vectors = {block.vectors: artifact.vectors(block.vectors) for block in looked_up}
+        self._keys = {source: artifact.key_map(name) for source, name in self.key_maps.items()}
+        self._vectors = {block.vectors: artifact.vectors_by_id(block.vectors) for block in looked_up}
         self._tower: Tower | None = tower.double() if any(True for _ in tower.parameters()) else None
         self._single = {block.source: block for block in tower.spec.inputs if block.source not in _FROM_SESSION}
-        session = [self._keys[source] for source in self.key_maps if source in _FROM_SESSION]
+        session = [artifact.keys(name) for source, name in self.key_maps.items() if source in _FROM_SESSION]
         self._sees_session = bool(session)
         self._num_items = min((len(keys.keys) for keys in session), default=0)
         self._num_trained = min((keys.num_seen for keys in session), default=0)
@@ -255,7 +256,7 @@ class QueryEncoder:
         """bool [n]: whether anything in the query is a number, or has a key of its own that training has seen."""
         known = np.zeros(len(history), np.bool_)
         for source, values in single.items():
-            known |= says(values, len(self._keys[source].keys) if source in self._keys else None)
+            known |= says(values, self._keys[source].num_keys if source in self._keys else None)
         if self._sees_session:
             if history.values.min(initial=0) >= 0 and history.values.max(initial=-1) < self._num_trained:
                 known |= history.lengths > 0
@@ -322,7 +323,7 @@ def _numbers(source: str, values: Sequence[Any], width: int) -> npt.NDArray[np.f
     return found
 
 
-def _pooled(vectors: VectorSet, lookup: InputRows) -> Float32:
+def _pooled(vectors: VectorSet | MappedVectors, lookup: InputRows) -> Float32:
     """`towers.pool` in numpy: weighted sums of the looked-up rows, float32 [n, dim]; an empty list gives zeros."""
     assert lookup.weights is not None
     out = np.empty((len(lookup.offsets) - 1, vectors.dim), np.float32)

@@ -14,6 +14,8 @@ from cluster.errors import CheckpointError
 from cluster.launch import launch, report
 from cluster.rank import current_rank
 from embedding_service.artifact import ArtifactWriter
+from embedding_service.row_maps import weight_table
+from embedding_service.vectors import VectorSink
 from trainers.cases import Cases, load_validation
 from trainers.evaluate import load_trained
 from trainers.models import Model
@@ -55,9 +57,9 @@ def _export(settings: dict[str, Any]) -> str:
     model, checkpoint = load_trained(config, prepared, place, which=settings["which"])
     lineage = {"run": Path(config.run).name, "checkpoint": checkpoint, "config": config_to_dict(config)}
     with ArtifactWriter(settings["out"], name=Path(config.run).name) as writer:
-        for name, vocabulary in prepared.keys.items():
+        for name, key_map in prepared.key_maps.items():
             if not name.startswith("item_"):  # item features are inside the item vectors already
-                writer.add_keys(name, vocabulary)
+                writer.add_keys(name, key_map)
         for name, keys in model.vector_sets().items():
             _write_vectors(writer, model, name, keys, config)
         writer.set_query_tower(model.query_tower.spec, model.query_tower.state_dict())
@@ -77,15 +79,32 @@ def _export(settings: dict[str, Any]) -> str:
 
 
 def _write_vectors(writer: ArtifactWriter, model: Model, name: str, keys: str, config: Config) -> None:
-    """One vector set, a chunk at a time."""
-    rows = model.table_rows(name)
-    normalized = name == "item" and config.model.kind == "two_tower" and config.model.normalize
-    sink = writer.add_vectors(
-        name, rows=rows, dim=config.model.dim, keys=keys, precision=config.export.precision, normalized=normalized
-    )
-    for start in range(0, rows, _CHUNK_ROWS):
-        stop = min(rows, start + _CHUNK_ROWS)
-        sink.write(start, model.vectors(name, start, stop).cpu().numpy())
+    """One vector set, a chunk at a time. Items get a row each, whatever they share in training, since indexes are built
+    of them; users and features keep sharing theirs.
+    """
+    rows, table = model.table_rows(name), model.table_of(name)
+    map = None if table is None or keys == "item" else model.tables.maps.get(table)
+    dim = config.model.dim if table is None else model.tables.specs[table].dim
+    precision = config.export.precision
+    if map is None:
+        normalized = name == "item" and config.model.kind == "two_tower" and config.model.normalize
+        sink = writer.add_vectors(name, rows=rows, dim=dim, keys=keys, precision=precision, normalized=normalized)
+        for start in range(0, rows, _CHUNK_ROWS):
+            stop = min(rows, start + _CHUNK_ROWS)
+            sink.write(start, model.vectors(name, start, stop).cpu().numpy())
+        return
+    assert table is not None
+    sink, weights = writer.add_shared_vectors(name, map, dim=dim, keys=keys, precision=precision)
+    _write_rows(sink, model, table)
+    if weights is not None:
+        _write_rows(weights, model, weight_table(table))
+
+
+def _write_rows(sink: VectorSink, model: Model, table: str) -> None:
+    """The rows of a table as they are."""
+    for first, rows in model.tables.local_shards(table):
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            sink.write(first + start, rows[start : start + _CHUNK_ROWS].float().cpu().numpy())
 
 
 def _tuning_queries(config: Config, prepared: Prepared, model: Model) -> np.ndarray | None:

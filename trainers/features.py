@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import DataError
 from cluster.storage import open_filesystem
+from embedding_service.hashed_keys import KeyMap
 from embedding_service.keys import Vocabulary
 from embedding_service.ragged import Ragged
 from embedding_service.towers import Given, TowerInput
@@ -43,13 +44,18 @@ class Feature:
         return self.kind in ("key", "list")
 
     @classmethod
+    def of_type(cls, decoded: pa.DataType) -> Feature:
+        """The feature whose decoded column has this type, not standardised."""
+        return cls(_kind(decoded), _width(decoded))
+
+    @classmethod
     def of(cls, block: TowerInput) -> Feature:
         """The feature behind an input of a tower."""
         if block.encoder == "project":
             return cls("number" if block.width == 1 else "vector", block.width, block.center, block.scale)
         return cls("list" if block.encoder in ("mean", "sum") else "key")
 
-    def values(self, column: pa.Array, keys: Vocabulary | None) -> Given:
+    def values(self, column: pa.Array, keys: KeyMap | None) -> Given:
         """The decoded `column` [n] as towers take it; `keys`: its key map, where it has one.
 
         Raises DataError for a column of another kind.

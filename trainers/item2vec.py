@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from embedding_service.mapped_tables import MappedTables
 from embedding_service.ragged import Ragged
-from embedding_service.sharding import ShardedTables
-from embedding_service.tables import Precision, TableSpec, deduplicate
+from embedding_service.row_maps import RowMap
+from embedding_service.tables import TableSpec, deduplicate
 from embedding_service.towers import Given, Tower, TowerInput, TowerSpec, input_rows
 from trainers import skipgram
 from trainers.examples import TokenBlock, TokenPlan, equal_shares
@@ -76,9 +77,8 @@ class Item2Vec:
         self,
         counts: np.ndarray,
         *,
-        dim: int,
-        precision: Precision,
-        init_scale: float,
+        tables: Sequence[TableSpec],
+        maps: Mapping[str, RowMap],
         cbow: bool,
         window: int,
         ordered: bool,
@@ -93,13 +93,14 @@ class Item2Vec:
         threads: int,
         device: torch.device,
     ) -> None:
-        """counts: int64 [rows], how often each item occurs in training; block_items: items of a worker's step."""
+        """counts: int64 [rows], how often each item occurs in training; tables, maps: see `model_tables`; block_items:
+        items of a worker's step.
+        """
         self.num_items, self.counts = len(counts), counts
-        self.tables = ShardedTables(
-            [
-                TableSpec("input", len(counts), dim, init_scale or 0.5 / dim, precision),
-                TableSpec("output", len(counts), dim, 0.0, precision),
-            ],
+        dim = tables[0].dim
+        self.tables = MappedTables(
+            tables,
+            maps,
             optimizer="sgd",
             learning_rate=1.0,  # the kernel has applied the rate: the table adds the difference as it is
             seed=seed,
@@ -260,8 +261,12 @@ class Item2Vec:
         return {"item": "item", "input": "item"}
 
     def table_rows(self, name: str) -> int:
-        """Rows of the table behind a vector set."""
+        """Ids of the table behind a vector set."""
         return self.num_items
+
+    def table_of(self, name: str) -> str | None:
+        """The table that holds a vector set as it is."""
+        return _TABLES[name]
 
     similar_set = "input"
 

@@ -22,10 +22,12 @@ from trainers.cases import Cases, load_validation
 from trainers.catalogue import evaluate_model
 from trainers.checkpoint import CheckpointStore, Position, Progress, check_same_run
 from trainers.metrics import parse_metric
-from trainers.models import Model, Step, build_model, check_model
+from trainers.model_tables import table_warnings
+from trainers.models import Model, Step, build_model, check_model, tables_of
 from trainers.objectives import schedule
 from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, prepare
 from trainers.sessions import SessionReader, read_ahead
+from trainers.table_report import lines_of, table_report
 
 _STEPS_BETWEEN_QUESTIONS = 16  # whether a checkpoint is due, whether to stop
 _STOP = "stop"  # a file of this name in a run's folder stops its training
@@ -99,10 +101,12 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         progress.metric, progress.best_value, progress.best_epoch, progress.bad_validations = (
             config.train.metric, None, -1, 0,
         )  # fmt: skip
+    tables = None
     if place.is_first:
         write_atomic(Path(config.run) / "config.toml", to_toml(config).encode())
         _announce(config, prepared, model, progress, warnings)
-    run = _Run(config, place, reader, prepared, model, store, progress, cases)
+        tables = _announce_tables(config, prepared)
+    run = _Run(config, place, reader, prepared, model, store, progress, cases, tables)
     try:
         run.train()
     finally:
@@ -134,7 +138,9 @@ class _Run:
         store: CheckpointStore,
         progress: Progress,
         cases: Cases | None,
+        tables: list[dict[str, Any]] | None,
     ) -> None:
+        self.tables = tables
         self.config, self.place, self.reader, self.prepared = config, place, reader, prepared
         self.model, self.store, self.progress, self.cases = model, store, progress, cases
         self.holdout = holdout_of(config, reader.num_sessions)
@@ -308,6 +314,7 @@ class _Run:
             "seconds": progress.seconds,
             "workers": self.place.world_size,
             "items": self.model.num_items,
+            "tables": self.tables,
             "bad_rows": max(progress.bad_rows, self.reader.num_bad),
             "best_epoch": progress.best_epoch + 1 if progress.best_epoch >= 0 else None,
             "best": {self.config.train.metric: progress.best_value} if progress.best_value is not None else {},
@@ -372,6 +379,17 @@ def _announce(config: Config, prepared: Prepared, model: Model, progress: Progre
         done = position.epoch >= config.train.epochs
         text = "nothing left to do; raise train.epochs to go on" if done else f"going on at {where}"
         report({"kind": "note", "text": f"checkpoint of step {progress.step} loaded: {text}"})
+
+
+def _announce_tables(config: Config, prepared: Prepared) -> list[dict[str, Any]]:
+    """Tell of tables whose keys share rows; the report of all tables."""
+    tables = tables_of(config, prepared)
+    found = table_report(tables)
+    for line in lines_of(found):
+        report({"kind": "note", "text": line})
+    for warning in table_warnings(tables):
+        report({"kind": "note", "text": f"warning: {warning}"})
+    return found
 
 
 def _mix(*numbers: int) -> int:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from cluster.config import Config, ModelSettings
 from cluster.errors import SettingError
 from embedding_service.keys import Vocabulary
+from embedding_service.mapped_tables import MappedTables
 from embedding_service.ragged import Ragged
-from embedding_service.sharding import ShardedTables
 from embedding_service.towers import Given, Tower
 from trainers.contrast import TEMPERATURES, ContrastSpec
 from trainers.item2vec import Item2Vec
 from trainers.mining import MiningSpec
+from trainers.model_tables import ModelTables, check_tables, model_tables
 from trainers.prepare import Prepared, Sessions, check_feature_names
 from trainers.two_tower import TwoTower
 
@@ -45,7 +46,7 @@ class Step(Protocol):
 class Model(Protocol):
     """`Item2Vec` and `TwoTower`: what `loop`, `checkpoint`, `evaluate` and `export` call."""
 
-    tables: ShardedTables
+    tables: MappedTables
     dense: nn.ModuleDict
     dense_optimizer: torch.optim.Optimizer | None
     query_tower: Tower
@@ -61,6 +62,7 @@ class Model(Protocol):
     def vectors(self, name: str, start: int, stop: int) -> Tensor: ...
     def vector_sets(self) -> dict[str, str]: ...
     def table_rows(self, name: str) -> int: ...
+    def table_of(self, name: str) -> str | None: ...
 
 
 def item_counts(items: Vocabulary) -> np.ndarray:
@@ -74,6 +76,7 @@ def check_model(config: Config) -> None:
     model = config.model
     if model.dim % 4:
         raise SettingError("model.dim", f"must be divisible by 4, which the table kernels ask for; got {model.dim}")
+    check_tables(config)
     if model.kind == "item2vec":
         return
     known = ("user", "history", "last_item")
@@ -177,17 +180,22 @@ def _contrast_spec(config: Config) -> ContrastSpec:
     )
 
 
+def tables_of(config: Config, prepared: Prepared) -> ModelTables:
+    """The tables of the run's model. Raises SettingError."""
+    return model_tables(config, {name: key_map.num_rows for name, key_map in prepared.key_maps.items()})
+
+
 def build_model(config: Config, prepared: Prepared, *, device: torch.device, threads: int) -> Model:
     """The model that `config` describes, with new tables. A collective call. Raises SettingError."""
     check_model(config)
     model, train = config.model, config.train
     counts = item_counts(prepared.keys["item"])
+    tables = tables_of(config, prepared)
     if model.kind == "item2vec":
         return Item2Vec(
             counts,
-            dim=model.dim,
-            precision=model.precision,
-            init_scale=train.init_scale,
+            tables=tables.specs,
+            maps=tables.maps,
             cbow=model.architecture == "cbow",
             window=model.window,
             ordered=model.ordered,
@@ -204,7 +212,8 @@ def build_model(config: Config, prepared: Prepared, *, device: torch.device, thr
         )
     return TwoTower(
         counts,
-        rows={name: vocabulary.num_rows for name, vocabulary in prepared.keys.items()},
+        tables=tables.specs,
+        maps=tables.maps,
         item_features=prepared.item_features,
         item_values=prepared.item_values,
         query=model.query,
@@ -215,8 +224,6 @@ def build_model(config: Config, prepared: Prepared, *, device: torch.device, thr
         history_encoder=model.history_encoder,
         hidden=model.hidden,
         dim=model.dim,
-        precision=model.precision,
-        init_scale=train.init_scale,
         examples=model.examples,
         mask=model.mask,
         history_decay=model.history_decay,

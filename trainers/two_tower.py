@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from embedding_service.mapped_tables import MappedAsked, MappedTables
 from embedding_service.ragged import Ragged, take_values
-from embedding_service.sharding import Asked, ShardedTables
-from embedding_service.tables import Optimizer, Precision, TableSpec
+from embedding_service.row_maps import RowMap
+from embedding_service.tables import Optimizer, TableSpec
 from embedding_service.towers import Given, InputRows, Tower, TowerInput, TowerSpec, input_rows, says
 from trainers.contrast import Contrast, ContrastSpec, Pool
 from trainers.examples import PairBatch, PairPlan
@@ -33,7 +34,7 @@ class _Step:
     batch: PairBatch
     pool: Pool | None
     lookups: Lookups
-    asked: Asked
+    asked: Mapping[str, Tensor] | MappedAsked
 
     @property
     def num_examples(self) -> int:
@@ -47,7 +48,8 @@ class TwoTower:
         self,
         counts: np.ndarray,
         *,
-        rows: Mapping[str, int],
+        tables: Sequence[TableSpec],
+        maps: Mapping[str, RowMap],
         item_features: Mapping[str, Feature],
         item_values: Mapping[str, Given],
         query: Sequence[str],
@@ -58,8 +60,6 @@ class TwoTower:
         history_encoder: HistoryEncoder,
         hidden: tuple[int, ...],
         dim: int,
-        precision: Precision,
-        init_scale: float,
         examples: Literal["every_item", "next_item", "last_item"],
         mask: Literal["item", "session"],
         history_decay: float,
@@ -76,38 +76,36 @@ class TwoTower:
         device: torch.device,
         unknown_row: int = -1,
     ) -> None:
-        """counts: int64 [items], how often each occurs; rows: key map -> table rows; item_values: item feature -> its
-        values of all items; unknown_row: the item row of unknown keys, -1 for none. What the settings mean: `lexshard
-        config`.
+        """counts: int64 [items], how often each occurs; tables, maps: see `model_tables`; item_values: item feature ->
+        its values of all items; unknown_row: the item row of unknown keys, -1 for none. What the settings mean:
+        `lexshard config`.
         """
         self.num_items, self.counts, self._unknown_row = len(counts), counts, unknown_row
         self._item_values = dict(item_values)
         self._described = np.zeros(self.num_items, bool)  # items of which a feature is known
         for values in item_values.values():
             self._described |= says(values)
-        scale = init_scale or dim**-0.5
-        self._table_of = {"candidate": "item", "history": "item" if share_items else "history", "user": "user"}
+        dims = {spec.name: spec.dim for spec in tables}
+        self._table_of = {"candidate": "item", "history": "item" if share_items else "history"}
+        self._table_of |= {name: name for name in dims if name not in ("item", "history")}
+        item_dim = dims["item"]
+        history_dim = dims.get(self._table_of["history"], item_dim)
         inputs = [
-            history_input(history_encoder, dim, history_decay, history_length)
+            history_input(history_encoder, history_dim, history_decay, history_length)
             if source == "history"
-            else TowerInput(source, source, "user" if source == "user" else "history", dim)
+            else TowerInput("user", "user", "user", dims["user"])
+            if source == "user"
+            else TowerInput(source, source, "history", history_dim)
             for source in query
         ]
-        inputs += [feature_input("query", name, one, dim, list_pooling) for name, one in query_features.items()]
-        candidate = [TowerInput("candidate", "item", "candidate", dim)]
-        candidate += [feature_input("item", name, one, dim, list_pooling) for name, one in item_features.items()]
-        names = ["item"] + ["history"] * (not share_items and any(block.vectors == "history" for block in inputs))
-        names += ["user"] * ("user" in query)
-        features = [block.vectors for block in inputs + candidate if block.vectors.startswith(("query_", "item_"))]
-        names += features
-        self._table_of |= {name: name for name in features}
-        key_map = {"history": "item"}
-        self.tables = ShardedTables(
-            [TableSpec(name, rows[key_map.get(name, name)], dim, scale, precision) for name in names],
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            seed=seed,
-            device=device,
+        candidate = [TowerInput("candidate", "item", "candidate", item_dim)]
+        for side, block, features in (("query", inputs, query_features), ("item", candidate, item_features)):
+            block += [
+                feature_input(side, name, one, dims.get(f"{side}_{name}", dim), list_pooling)
+                for name, one in features.items()
+            ]
+        self.tables = MappedTables(
+            tables, maps, optimizer=optimizer, learning_rate=learning_rate, seed=seed, device=device
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -296,8 +294,12 @@ class TwoTower:
         return {"item": "item"} | {name: "item" if name == "history" else name for name in sorted(read)}
 
     def table_rows(self, name: str) -> int:
-        """Rows of the table behind a vector set."""
-        return self.num_items if name == "item" else self.tables.specs[self._table_of[name]].rows
+        """Ids of the table behind a vector set."""
+        return self.num_items if name == "item" else self.tables.ids[self._table_of[name]]
+
+    def table_of(self, name: str) -> str | None:
+        """The table that holds a vector set as it is; None for what the item tower makes."""
+        return None if name == "item" else self._table_of[name]
 
     similar_set = "item"
 

@@ -36,6 +36,21 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "last": {"history_encoder": "last", "share_items": False},
     "attention": {"history_encoder": "attention", "history_length": 5, "normalize": False},
     "gru": {"history_encoder": "gru", "history_length": 5, "hidden": [12]},
+    "hashed": {"query": ["history", "user"], "hidden": [12]},
+    "compressed": {"query": ["history", "user"], "history_encoder": "attention", "share_items": False},
+}
+TABLES: dict[str, dict[str, Any]] = {  # of an encoder of the same name: tables whose keys share rows
+    "hashed": {
+        "item": {"map": "head_tail", "compression": 1.5, "learned_weights": True},
+        "user": {"map": "hashed", "rows": 200, "vocabulary": False},
+        "query_country": {"map": "hashed", "rows": 40, "vocabulary": False, "hashes": 3, "learned_weights": True},
+        "query_tags": {"map": "hashed", "rows": 30, "vocabulary": False, "dim": 12, "precision": "fp16"},
+        "item_kind": {"map": "quotient_remainder", "rows": 8, "product": True},
+    },
+    "compressed": {
+        "item": {"map": "quotient_remainder", "compression": 1.5},
+        "user": {"map": "head_tail", "compression": 4, "hashes": 3, "learned_weights": True},
+    },
 }
 FEATURES = ("country", "tags", "age", "taste")
 
@@ -73,10 +88,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
-    return {name: trained(data, tmp_path_factory.mktemp("run") / "run", model) for name, model in ENCODERS.items()}
+    return {
+        name: trained(data, tmp_path_factory.mktemp("run") / "run", model, TABLES.get(name, {}))
+        for name, model in ENCODERS.items()
+    }
 
 
-def trained(data: Path, folder: Path, model: dict[str, Any]) -> Config:
+def trained(data: Path, folder: Path, model: dict[str, Any], tables: dict[str, Any]) -> Config:
     config = small_config(
         folder,
         data / "train.parquet",
@@ -85,6 +103,7 @@ def trained(data: Path, folder: Path, model: dict[str, Any]) -> Config:
         train={"epochs": 3, "batch_size": 256, "learning_rate": 0.1, "dense_learning_rate": 0.02}
         | {"checkpoint_seconds": 60.0, "validate_every": 0},
         export={"precision": "fp32"},
+        tables=tables,
     )
     train(config, on_event=lambda event: None)
     export_run(config.run, on_event=lambda event: None)
@@ -105,7 +124,7 @@ def random_queries(folder: str, num: int, seed: int) -> tuple[Ragged, dict[str, 
     decoded = {"country": columns["country"].cast(pa.large_string()), "age": columns["age"]}
     decoded["tags"] = columns["tags"].fill_null([]).cast(pa.large_list(pa.large_string()))
     decoded["taste"] = columns["taste"].cast(pa.list_(pa.float32(), 3))
-    single = query_values(decoded, prepared.query_features, prepared.keys)
+    single = query_values(decoded, prepared.query_features, prepared.key_maps)
     return Ragged.from_lists(histories), single | {"user": random.integers(-1, 600, num)}
 
 
@@ -165,9 +184,12 @@ def test_keys_and_values_of_a_request_are_those_of_training(run: Config) -> None
     }
     prepared = load_prepared(run.run)
     assert features.keys() == prepared.query_features.keys()
+    tags = prepared.key_maps["query_tags"].rows(["tag 1", "other", "unheard of"])
+    hashed = "query_tags" in prepared.hashed_keys  # which knows every key
+    assert (tags >= 0).tolist() == [True, True, hashed]
     rows: dict[str, Given] = {
-        "country": prepared.keys["query_country"].rows(features["country"]),
-        "tags": Ragged.from_lists([prepared.keys["query_tags"].rows(["tag 1", "other"]).tolist(), [], []]),
+        "country": prepared.key_maps["query_country"].rows(features["country"]),
+        "tags": Ragged.from_lists([tags[tags >= 0].tolist(), [], []]),
         "age": np.array([[1003.5], [np.nan], [1000.0]]),
         "taste": np.array([[0, 1, 2], [np.nan] * 3, [1, 1, 1]], np.float32),
     }
@@ -180,7 +202,7 @@ def test_keys_and_values_of_a_request_are_those_of_training(run: Config) -> None
     assert asked.cold_start == [False, False, False]
     reply = ask(http_api(artifact), "POST", "/v1/recommend", {"sessions": sessions, "features": features, "k": 5}).json
     assert [[item["key"] for item in result["items"]] for result in reply["results"]] == asked.keys
-    assert retriever.recommend([[]], 3, features={"age": [None], "tags": [["unheard of"]]}).cold_start == [True]
+    assert retriever.recommend([[]], 3, features={"age": [None], "tags": [["unheard of"]]}).cold_start == [not hashed]
     assert retriever.recommend([[5003]], 3).cold_start == [True]  # an item that training never saw says nothing
 
 
@@ -208,6 +230,8 @@ def test_training_leaves_the_ids_of_new_items_alone(run: Config) -> None:
     assert items.keys[items.num_seen :].to_pylist() == list(range(5000, 5000 + NUM_GROUPS))
     with process_group("cpu") as place:
         model, _ = load_trained(run, prepared, place, which="last")
+        if "item" in model.tables.maps:
+            pytest.skip("items share rows")
         before = model.encode_items(items.num_seen, items.num_rows)
         for _, weights in model.tables.local_shards("item"):
             weights[items.num_seen :] += 100.0
