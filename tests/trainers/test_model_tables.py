@@ -74,7 +74,7 @@ def test_tables_of_their_own_dimension_and_precision() -> None:
         ("user.compression", {"map": "exact", "compression": 2}, "has no effect with map = exact"),
         ("user.head", {"map": "hashed", "rows": 7, "head": 0.1}, "has no effect with map = hashed"),
         ("user.hashes", {"map": "quotient_remainder", "rows": 7, "hashes": 3}, "has no effect"),
-        ("user.product", {"map": "hashed", "rows": 7, "product": True}, "has no effect"),
+        ("user.combine", {"map": "hashed", "rows": 7, "combine": "sum"}, "has no effect"),
         ("user.learned_weights", {"map": "quotient_remainder", "rows": 7, "learned_weights": True}, "has no effect"),
         ("user.compression", {"map": "hashed", "rows": 7, "compression": 2}, "leave one out"),
         ("user.compression", {"map": "hashed"}, "needs rows, or a compression of more than 1"),

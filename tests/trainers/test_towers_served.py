@@ -48,7 +48,7 @@ TABLES: dict[str, dict[str, Any]] = {  # of an encoder of the same name: tables 
         "query_country": {"map": "hashed", "rows": 40, "vocabulary": False, "hashes": 3, "learned_weights": True},
         "query_moods": {"map": "hashed", "rows": 20, "vocabulary": False},
         "query_tags": {"map": "hashed", "rows": 30, "vocabulary": False, "dim": 12, "precision": "fp16"},
-        "item_kind": {"map": "quotient_remainder", "rows": 8, "product": True},
+        "item_kind": {"map": "quotient_remainder", "rows": 8, "combine": "sum"},
     },
     "compressed": {
         "item": {"map": "quotient_remainder", "compression": 1.5},
