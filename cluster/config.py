@@ -56,7 +56,8 @@ class DataSettings:
     query_features: tuple[str, ...] = setting(
         (),
         "columns of a session for the query tower: integers and strings are categories, lists of these are pooled, "
-        "floats are standardised numbers, fixed_size_lists of floats are vectors",
+        "with weights where they are maps to floats, floats are standardised numbers, fixed_size_lists of floats are "
+        "vectors",
         kind="two_tower",
     )
     item_features: str = setting(
@@ -105,7 +106,11 @@ class TableSettings:
     head: float = setting(0.5, "head_tail: share of the rows that frequent keys have to themselves", low=0.0, high=1.0)
     hashes: int = setting(2, "hashed, head_tail: rows that a key is the sum of", low=1, high=8)
     learned_weights: bool = setting(False, "hashed, head_tail: every key learns how much of each of its rows it takes")
-    product: bool = setting(False, "quotient_remainder: a key's two rows are multiplied, not added")
+    combine: Literal["product", "sum"] = setting(
+        "product",
+        "quotient_remainder: what a key makes of its two rows r and q, r * (1 + q) or r + q; the sum diverges easily, "
+        "as very many keys share a q",
+    )
     vocabulary: bool = setting(
         True,
         "false: keys are not listed anywhere but hashed as they come, which takes no memory however many there are; "

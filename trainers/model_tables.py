@@ -114,7 +114,7 @@ def _check_table(config: Config, name: str, chosen: TableSettings) -> None:
         "head": map != "head_tail",
         "hashes": map not in ("hashed", "head_tail"),
         "learned_weights": map not in ("hashed", "head_tail"),
-        "product": map != "quotient_remainder",
+        "combine": map != "quotient_remainder",
     }
     for setting, without_effect in idle.items():
         if without_effect and getattr(chosen, setting) != getattr(_DEFAULTS, setting):
@@ -172,7 +172,7 @@ def row_map(chosen: TableSettings, spec: TableSpec, path: str) -> RowMap:
         raise SettingError(setting, f"leaves {rows} rows for {ids:,} keys; ask for more")
     if chosen.map == "quotient_remainder":
         try:
-            return RowMap.quotient_remainder(ids, rows, product=chosen.product)
+            return RowMap.quotient_remainder(ids, rows, product=chosen.combine == "product")
         except ValueError as error:
             raise SettingError(setting, str(error)) from None
     kind: MapKind = "head_tail" if chosen.map == "head_tail" else "hashed"

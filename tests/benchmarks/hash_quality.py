@@ -5,7 +5,7 @@
 
 Every point is the two-tower recipe of deploy/recipes/ with another item table, trained and scored on test in processes
 of its own, as a user would. Compression is of bytes of embeddings (and learned weights), against 64 float32 numbers for
-every item; the map that `best_10x_kept` speaks of was chosen on validation data (`--validation`, with fewer `--epochs`).
+every item; the map that `best_10x_kept` speaks of was chosen on validation data (`--validation`, fewer `--epochs`).
 Points that the time does not suffice for are left out. With `--folder` the points are kept there, and a further call
 goes on behind them.
 
@@ -42,22 +42,31 @@ def _item(**table: Any) -> list[str]:
 
 def _shared(times: int) -> dict[str, list[str]]:
     """The maps at `times` fewer bytes, by name."""
-    half = times / 2  # with numbers of half the size
-    return {
+    found = {
         f"head_tail {times}x": _item(map="head_tail", compression=times),
-        f"head_tail fp16 {times}x": _item(map="head_tail", compression=half, precision="fp16")
-        if half > 1
-        else _item(precision="fp16"),
         f"2 hashes {times}x": _item(map="hashed", compression=times),
         f"quotient_remainder {times}x": _item(map="quotient_remainder", compression=times),
         f"1 hash {times}x": _item(map="hashed", compression=times, hashes=1),
         f"3 hashes {times}x": _item(map="hashed", compression=times, hashes=3),
     }
+    if times > 4:  # numbers of half the size, and half as many of them
+        quarter = {"compression": times / 4, "precision": "fp16"}
+        found |= {
+            f"head_tail fp16 {times}x": _item(map="head_tail", compression=times / 2, precision="fp16"),
+            f"head_tail fp16 dim 32 {times}x": ["model.dim=32", *_item(map="head_tail", **quarter)],
+            f"quotient_remainder fp16 dim 32 {times}x": ["model.dim=32", *_item(map="quotient_remainder", **quarter)],
+        }
+    return found
 
 
-BEST_10X = "head_tail fp16 10x"
+BEST_10X = "head_tail fp16 dim 32 10x"
 USERS = "user "  # variants of the users' table begin so
 VARIANTS: dict[str, list[str]] = {"exact": [], **_shared(10), **_shared(2), **_shared(5), **_shared(50)}
+VARIANTS |= {
+    "exact fp16 2x": _item(precision="fp16"),
+    "exact fp16 dim 32 4x": ["model.dim=32", *_item(precision="fp16")],
+    "exact fp16 dim 12 11x": ["model.dim=12", *_item(precision="fp16")],
+}
 VARIANTS |= {
     f"{USERS}exact": [],
     f"{USERS}hashed 10x": ["tables.user.map=hashed", "tables.user.compression=10"],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.config import Config, config_from_dict
 from cluster.errors import SettingError
 from embedding_service.row_maps import RowMap
+from trainers.item2vec import own_part
 from trainers.model_tables import ModelTables, check_tables, model_tables, table_warnings
 from trainers.table_report import lines_of, table_report
 
@@ -74,7 +76,7 @@ def test_tables_of_their_own_dimension_and_precision() -> None:
         ("user.compression", {"map": "exact", "compression": 2}, "has no effect with map = exact"),
         ("user.head", {"map": "hashed", "rows": 7, "head": 0.1}, "has no effect with map = hashed"),
         ("user.hashes", {"map": "quotient_remainder", "rows": 7, "hashes": 3}, "has no effect"),
-        ("user.product", {"map": "hashed", "rows": 7, "product": True}, "has no effect"),
+        ("user.combine", {"map": "hashed", "rows": 7, "combine": "sum"}, "has no effect"),
         ("user.learned_weights", {"map": "quotient_remainder", "rows": 7, "learned_weights": True}, "has no effect"),
         ("user.compression", {"map": "hashed", "rows": 7, "compression": 2}, "leave one out"),
         ("user.compression", {"map": "hashed"}, "needs rows, or a compression of more than 1"),
@@ -124,6 +126,19 @@ def test_keys_without_a_vocabulary_have_a_table_all_the_same() -> None:
     }  # fmt: skip
     (line,) = lines_of(table_report(found))
     assert line == "table user: any number of keys in 5,000 rows (2 hashes, learned weights), 1.6 MiB"
+
+
+def test_what_ids_that_share_rows_give_to_them() -> None:
+    """1 / mean of sqrt(how many of the block's ids have a row), over an id's rows."""
+    map = RowMap("hashed", 1000, 20, hashes=2)
+    ids = np.array([3, 17, 500, 999, 12, 44])
+    lists = map.lists(ids).to_lists()
+    flat = [row for rows in lists for row in rows]
+    wanted = [2 / sum(flat.count(row) ** 0.5 for row in rows) for rows in lists]
+    assert min(wanted) < 0.9
+    np.testing.assert_allclose(own_part(map, ids), wanted, rtol=1e-6)
+    assert own_part(RowMap("head_tail", 1000, 500, head=499), np.array([7, 3])).tolist() == [1.0, 1.0]
+    assert own_part(map, np.empty(0, np.int64)).shape == (0,)
 
 
 class TestBudget:
