@@ -56,7 +56,8 @@ class DataSettings:
     query_features: tuple[str, ...] = setting(
         (),
         "columns of a session for the query tower: integers and strings are categories, lists of these are pooled, "
-        "floats are standardised numbers, fixed_size_lists of floats are vectors",
+        "with weights where they are maps to floats, floats are standardised numbers, fixed_size_lists of floats are "
+        "vectors",
         kind="two_tower",
     )
     item_features: str = setting(

@@ -31,7 +31,7 @@ from embedding_service.http_api import HttpApi
 from embedding_service.http_ports import check_port, high_throughput_environment
 from embedding_service.http_schema import Catalogue, FeatureType, Limits
 from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
-from embedding_service.towers import TowerInput
+from embedding_service.towers import LISTS, TowerInput
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -95,7 +95,8 @@ def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1)
     def feature_type(block: TowerInput) -> FeatureType:
         if block.encoder == "project":
             return FeatureType(width=block.width)
-        return FeatureType(key_map(block.vectors).key_type, is_list=block.encoder in ("mean", "sum"))
+        key_type, is_weighted = key_map(block.vectors).key_type, block.encoder.startswith("weighted")
+        return FeatureType(key_type, is_list=block.encoder in LISTS, is_weighted=is_weighted)
 
     features = {
         name: feature_type(block)

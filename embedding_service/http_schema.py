@@ -32,10 +32,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class FeatureType:
-    """What a client gives of a feature: a key of `key_type`, with `is_list` a list of them, or `width` numbers."""
+    """What a client gives of a feature: a key of `key_type`, with `is_list` a list of them, with `is_weighted` of [key,
+    weight] pairs, or `width` numbers.
+    """
 
     key_type: KeyType | None = None
     is_list: bool = False
+    is_weighted: bool = False
     width: int = 0
 
 
@@ -234,7 +237,10 @@ def _feature(asked: FeatureType, limits: Limits) -> Any:
         return number if asked.width == 1 else _vector(asked.width)
     if not asked.is_list:
         return _key(asked.key_type)
-    return Annotated[list[_key(asked.key_type)], Field(max_length=limits.max_session, fail_fast=True)]  # type: ignore[misc]
+    key: Any = _key(asked.key_type)
+    if asked.is_weighted:
+        key = Annotated[list[key | float], Field(min_length=2, max_length=2, description="key, weight")]
+    return Annotated[list[key], Field(max_length=limits.max_session, fail_fast=True)]
 
 
 def _vector(width: int) -> Any:

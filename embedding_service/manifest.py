@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from cluster.errors import ArtifactError
 from embedding_service.row_maps import MAX_HASHES, RowMap
-from embedding_service.towers import TowerInput, TowerSpec
+from embedding_service.towers import LISTS, TowerInput, TowerSpec
 
 FORMAT = "lexshard.artifact"
 FORMAT_VERSION = 1
@@ -205,7 +205,7 @@ def _check_tower_input(manifest: Manifest, block: TowerInput, where: str) -> Non
         raise ArtifactError(f"{where}: query_tower: input {block.name!r} {problem}")
 
     own = {"history": ("pool", "attention", "gru"), "last_item": ("pool",), "user": ("pool",)}
-    fitting = own.get(block.source, ("pool", "mean", "sum", "project"))
+    fitting = own.get(block.source, ("pool", *LISTS, "project"))
     if block.encoder not in fitting:
         refuse(f"has encoder {block.encoder!r}, which does not fit {block.source!r}")
     if not all(isinstance(value, (int, float)) and abs(value) < math.inf for value in (block.center, block.scale)):

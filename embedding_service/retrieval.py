@@ -23,7 +23,7 @@ from embedding_service.exact import Float32, Int64, unit_length
 from embedding_service.keys import Key, Vocabulary
 from embedding_service.mapped_vectors import MappedVectors
 from embedding_service.ragged import Ragged, offsets_of, take_values
-from embedding_service.towers import Given, InputRows, Sequences, Tower, input_rows, missing, says
+from embedding_service.towers import LISTS, Given, InputRows, Sequences, Tower, input_rows, missing, says, weighted
 from embedding_service.vectors import VectorSet
 
 RECOMMEND, SIMILAR = "recommend", "similar"  # the names of the two indexes
@@ -296,17 +296,35 @@ class QueryEncoder:
         block = self._single[source]
         if block.encoder == "project":
             return _numbers(source, values, block.width)
-        if block.encoder not in ("mean", "sum"):
+        if block.encoder not in LISTS:
             return self._keys[source].rows(values)
         lists = [one if one is not None else () for one in values]
         if any(isinstance(one, (str, bytes)) or not isinstance(one, Sequence) for one in lists):
             raise DataError(f"{source!r} takes a list of keys, or None, for each session")
         flat = [key for one in lists for key in one]
+        weights = None
+        if block.encoder.startswith("weighted"):
+            flat, weights = _pairs(source, flat)
         rows = self._keys[source].rows(flat) if flat else np.empty(0, np.int64)
-        return Ragged(rows, offsets_of(np.array([len(one) for one in lists], np.int64))).keep(rows >= 0)
+        offsets = offsets_of(np.array([len(one) for one in lists], np.int64))
+        return Ragged(rows if weights is None else weighted(rows, weights), offsets).keep(rows >= 0)
 
     def _known_sources(self) -> str:
         return ", ".join(["sessions"] * self._sees_session + list(self._single))
+
+
+def _pairs(source: str, flat: Sequence[Any]) -> tuple[list[Any], Float32]:
+    """The keys and the weights of (key, weight) pairs. Raises DataError."""
+    try:
+        keys = [key for key, _ in flat]
+        weights = np.array([weight for _, weight in flat], np.float32)
+    except (TypeError, ValueError):
+        weights = np.array([np.nan], np.float32)
+    if weights.ndim != 1 or not np.isfinite(weights).all() or any(isinstance(one, str) for one in flat):
+        raise DataError(
+            f"{source!r} takes a list of [key, weight] pairs with finite weights, or None, for each session"
+        )
+    return keys, weights
 
 
 def _numbers(source: str, values: Sequence[Any], width: int) -> npt.NDArray[np.float64]:

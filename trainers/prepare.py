@@ -164,8 +164,7 @@ def prepare(config: Config, reader: SessionReader, *, is_begun: bool) -> None:
                 raise SettingError(
                     f"tables.query_{name}", f"column `{name}` holds {first.type}, not keys: it has no table"
                 )
-            flat = (chunk.flatten() if feature.kind == "list" else chunk for chunk in (first,))
-            hashed_keys[f"query_{name}"] = HashedKeys(_key_type(flat, name, config.data.train))
+            hashed_keys[f"query_{name}"] = HashedKeys(_key_type([feature.keys(first)], name, config.data.train))
         else:
             query_features[name] = _described(name, chunks, "query", keys, config.data.train)
     item_features = _item_features(config, keys, temporary)
@@ -295,7 +294,7 @@ def _load_values(folder: Path, name: str, feature: Feature) -> Given:
     path = folder / f"item_{name}.npy"
     try:
         values: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-        if feature.kind == "list":
+        if feature.is_list:
             path = folder / f"item_{name}.offsets.npy"
             return Ragged(values, np.load(path, allow_pickle=False))
         return values

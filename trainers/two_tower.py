@@ -16,7 +16,7 @@ from embedding_service.mapped_tables import MappedAsked, MappedTables
 from embedding_service.ragged import Ragged, take_values
 from embedding_service.row_maps import RowMap
 from embedding_service.tables import Optimizer, TableSpec
-from embedding_service.towers import Given, InputRows, Tower, TowerInput, TowerSpec, input_rows, says
+from embedding_service.towers import Encoder, Given, InputRows, Tower, TowerInput, TowerSpec, input_rows, says
 from trainers.contrast import Contrast, ContrastSpec, Pool
 from trainers.examples import PairBatch, PairPlan
 from trainers.features import Feature
@@ -320,4 +320,5 @@ def feature_input(side: str, name: str, feature: Feature, dim: int, list_pooling
     if not feature.has_keys:
         numbers = {"width": feature.width, "center": feature.center, "scale": feature.scale}
         return TowerInput(full, name, "", dim, encoder="project", **numbers)  # type: ignore[arg-type]
-    return TowerInput(full, name, full, dim, encoder=list_pooling if feature.kind == "list" else "pool")
+    encoders: dict[str, Encoder] = {"list": list_pooling, "weighted": f"weighted_{list_pooling}"}  # type: ignore[dict-item]
+    return TowerInput(full, name, full, dim, encoder=encoders.get(feature.kind, "pool"))

@@ -5,7 +5,7 @@
 
 Every point is the two-tower recipe of deploy/recipes/ with another item table, trained and scored on test in processes
 of its own, as a user would. Compression is of bytes of embeddings (and learned weights), against 64 float32 numbers for
-every item; the map that `best_10x_kept` speaks of was chosen on validation data (`--validation`, with fewer `--epochs`).
+every item; the map that `best_10x_kept` speaks of was chosen on validation data (`--validation`, fewer `--epochs`).
 Points that the time does not suffice for are left out. With `--folder` the points are kept there, and a further call
 goes on behind them.
 

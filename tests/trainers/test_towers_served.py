@@ -19,7 +19,7 @@ from embedding_service.app import http_api
 from embedding_service.artifact import Artifact
 from embedding_service.ragged import Ragged, take_values
 from embedding_service.retrieval import Retriever
-from embedding_service.towers import Given, InputRows
+from embedding_service.towers import Given, InputRows, weighted
 from tests.embedding_service.test_http_api import ask
 from tests.ranks import run_on_ranks
 from tests.trainers.runs import small_config, write_sessions
@@ -27,9 +27,11 @@ from trainers.evaluate import evaluate, load_trained
 from trainers.export import export_run
 from trainers.loop import train
 from trainers.prepare import load_prepared, query_values
+from trainers.session_batch import Field, decode_column, feature_type
 from trainers.two_tower import TwoTower
 
 NUM_GROUPS = 12
+MOODS = feature_type(pa.map_(pa.string(), pa.float32()))
 ENCODERS: dict[str, dict[str, Any]] = {
     "recency": {"query": ["history", "user"]},
     "mean": {"history_encoder": "mean", "list_pooling": "sum", "hidden": [12]},
@@ -44,6 +46,7 @@ TABLES: dict[str, dict[str, Any]] = {  # of an encoder of the same name: tables 
         "item": {"map": "head_tail", "compression": 1.5, "learned_weights": True},
         "user": {"map": "hashed", "rows": 200, "vocabulary": False},
         "query_country": {"map": "hashed", "rows": 40, "vocabulary": False, "hashes": 3, "learned_weights": True},
+        "query_moods": {"map": "hashed", "rows": 20, "vocabulary": False},
         "query_tags": {"map": "hashed", "rows": 30, "vocabulary": False, "dim": 12, "precision": "fp16"},
         "item_kind": {"map": "quotient_remainder", "rows": 8, "product": True},
     },
@@ -52,19 +55,24 @@ TABLES: dict[str, dict[str, Any]] = {  # of an encoder of the same name: tables 
         "user": {"map": "head_tail", "compression": 4, "hashes": 3, "learned_weights": True},
     },
 }
-FEATURES = ("country", "tags", "age", "taste")
+FEATURES = ("country", "tags", "moods", "age", "taste")
 
 
 def query_columns(group: np.ndarray, seed: int) -> dict[str, pa.Array]:
     """A feature column of every kind that tells something of the group [n], with some unknown values."""
     random = np.random.default_rng(seed)
-    unknown = random.random((4, len(group))) < 0.1
+    unknown = random.random((5, len(group))) < 0.1
+    moods = [[(f"mood {g % 6}", 0.5 + g), ("none", -0.5)][: random.integers(1, 3)] for g in group.tolist()]
     tags = [[f"tag {g % 4}"] * random.integers(1, 3) + ["other"] * random.integers(0, 2) for g in group.tolist()]
     taste = np.stack([group % 2, group % 3, group % 5], 1) + random.normal(size=(len(group), 3)) * 0.1
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(taste.ravel(), pa.float64()), 3)
     return {
         "country": pa.array([f"country {g % 3}" for g in group.tolist()], mask=unknown[0]),
         "tags": pa.array([None if no else one for no, one in zip(unknown[1].tolist(), tags, strict=True)]),
+        "moods": pa.array(
+            [None if no else one for no, one in zip(unknown[4].tolist(), moods, strict=True)],
+            pa.map_(pa.string(), pa.float32()),
+        ),
         "age": pa.array(1000.0 + group + random.normal(size=len(group)), mask=unknown[2]),
         "taste": vectors.take(pa.array(np.arange(len(group)), mask=unknown[3])),
     }
@@ -123,6 +131,8 @@ def random_queries(folder: str, num: int, seed: int) -> tuple[Ragged, dict[str, 
     columns = query_columns(random.integers(0, NUM_GROUPS, num), seed)
     decoded = {"country": columns["country"].cast(pa.large_string()), "age": columns["age"]}
     decoded["tags"] = columns["tags"].fill_null([]).cast(pa.large_list(pa.large_string()))
+    moods, _ = decode_column(Field("", "moods", "feature", ""), [columns["moods"]], MOODS)
+    decoded["moods"] = moods
     decoded["taste"] = columns["taste"].cast(pa.list_(pa.float32(), 3))
     single = query_values(decoded, prepared.query_features, prepared.key_maps)
     return Ragged.from_lists(histories), single | {"user": random.integers(-1, 600, num)}
@@ -179,17 +189,21 @@ def test_keys_and_values_of_a_request_are_those_of_training(run: Config) -> None
     features = {
         "country": ["country 1", None, "nowhere"],
         "tags": [["tag 1", "other", "unheard of"], [], None],
+        "moods": [[["mood 1", 2.0], ["unheard of", 1.0], ["none", -1]], None, []],
         "age": [1003.5, None, 1000],
         "taste": [[0.0, 1.0, 2.0], None, [1, 1, 1]],
     }
     prepared = load_prepared(run.run)
     assert features.keys() == prepared.query_features.keys()
     tags = prepared.key_maps["query_tags"].rows(["tag 1", "other", "unheard of"])
+    moods = prepared.key_maps["query_moods"].rows(["mood 1", "unheard of", "none"])
+    n = np.count_nonzero(moods >= 0)
     hashed = "query_tags" in prepared.hashed_keys  # which knows every key
     assert (tags >= 0).tolist() == [True, True, hashed]
     rows: dict[str, Given] = {
         "country": prepared.key_maps["query_country"].rows(features["country"]),
         "tags": Ragged.from_lists([tags[tags >= 0].tolist(), [], []]),
+        "moods": Ragged(weighted(moods[moods >= 0], np.float32([2, 1, -1])[moods >= 0]), np.int64([0, n, n, n])),
         "age": np.array([[1003.5], [np.nan], [1000.0]]),
         "taste": np.array([[0, 1, 2], [np.nan] * 3, [1, 1, 1]], np.float32),
     }
