@@ -25,6 +25,7 @@ from embedding_service.hashing import key_array, stable_hash
 
 _SAMPLE_LG = 17  # 2^17 sampled keys or more: a standard error of 0.28 % of the distinct keys, and about 20 MB
 _FREQUENT_LG = 17  # about 98,000 frequent keys: bounds of 3.5 / 2^17 of the traffic at worst, and about 15 MB
+_NO_LIMIT = 2**63 - 1  # every key is in the sample
 _DEVIATIONS = 2  # bounds are two standard errors to each side, 95 % of the cases
 _MIN_COUNTS = (1, 2, 3, 5, 10, 20, 50, 100)
 
@@ -43,17 +44,36 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """The distinct keys whose hash is below `limit`, of 2^63: hashes, uint64 [n], ascending, and counts, int64 [n]."""
+
+    limit: int
+    hashes: npt.NDArray[np.uint64]
+    counts: npt.NDArray[np.int64]
+
+    @classmethod
+    def union(cls, samples: Sequence[_Sample]) -> _Sample:
+        """Those of all streams together, as of one: below the lowest limit every key is in its stream's sample."""
+        limit = min(sample.limit for sample in samples)
+        hashes, index = np.unique(np.concatenate([sample.hashes for sample in samples]), return_inverse=True)
+        counts = np.zeros(len(hashes), np.int64)
+        np.add.at(counts, index, np.concatenate([sample.counts for sample in samples]))
+        if np.searchsorted(hashes, np.uint64(limit)) > 2 << _SAMPLE_LG:
+            limit = int(hashes[1 << _SAMPLE_LG])
+        size = int(np.searchsorted(hashes, np.uint64(limit)))
+        return cls(limit, hashes[:size], counts[:size])
+
+
 class KeySketch:
-    """A stream of int64 or string keys. Memory: about 40 MB at most, and the distinct keys of one chunk."""
+    """A stream of int64 or string keys. Memory: about 50 MB at most, and the distinct keys of one chunk."""
 
     def __init__(self, key_type: Literal["int64", "string"]) -> None:
-        self.key_type = key_type
+        self.key_type: Literal["int64", "string"] = key_type
         self.num_keys = 0  # with repetitions
-        self._policy = ds.AccumulatorPolicy()
-        self._sample = ds.update_tuple_sketch(self._policy, _SAMPLE_LG)
-        self._merged: ds.compact_tuple_sketch | None = None  # of other streams
-        kind = ds.frequent_items_sketch if key_type == "int64" else ds.frequent_strings_sketch
-        self._frequent = kind(_FREQUENT_LG)
+        self._sketch = ds.update_tuple_sketch(ds.AccumulatorPolicy(), _SAMPLE_LG)
+        self._merged: list[_Sample] = []  # of other streams
+        self._frequent = ds.frequent_strings_sketch(_FREQUENT_LG)  # its like for objects is read in quadratic time
 
     @classmethod
     def of(cls, keys: pa.Array) -> KeySketch:
@@ -69,8 +89,8 @@ class KeySketch:
         distinct, counts = found.field("values"), found.field("counts").to_pylist()
         # Hashed by us, since the sketch would ignore the empty string; they need not be the keys themselves.
         for number, count in zip(stable_hash(distinct).view(np.int64).tolist(), counts, strict=True):
-            self._sample.update(number, count)
-        for key, count in zip(distinct.to_pylist(), counts, strict=True):
+            self._sketch.update(number, count)
+        for key, count in zip(distinct.cast(pa.large_string()).to_pylist(), counts, strict=True):
             self._frequent.update(key, count)
         self.num_keys += len(array)
 
@@ -78,57 +98,53 @@ class KeySketch:
         """Count the keys of `other` as well. Raises DataError for keys of another type."""
         if other.key_type != self.key_type:
             raise DataError(f"keys are {self.key_type} in one part and {other.key_type} in another")
-        union = ds.tuple_union(self._policy, _SAMPLE_LG)
-        for sample in (self._sample, self._merged, other._sample, other._merged):
-            if sample is not None:
-                union.update(sample)
-        self._sample, self._merged = ds.update_tuple_sketch(self._policy, _SAMPLE_LG), union.get_result()
+        self._merged = [_Sample.union([*self._merged, other._sample()])]
         self._frequent.merge(other._frequent)
         self.num_keys += other.num_keys
 
     def state(self) -> dict[str, Any]:
         """The sketch as JSON types; `from_state` is the inverse, on any machine."""
-        serde = [ds.PyLongsSerDe()] if self.key_type == "int64" else []
+        sample = self._sample()
         parts = {
-            "sample": self._all().serialize(ds.PyLongsSerDe()),
-            "frequent": self._frequent.serialize(*serde),
+            "hashes": sample.hashes.astype("<u8").tobytes(),
+            "counts": sample.counts.astype("<i8").tobytes(),
+            "frequent": self._frequent.serialize(),
         }
         text = {name: base64.b64encode(part).decode() for name, part in parts.items()}
-        return {"key_type": self.key_type, "num_keys": self.num_keys, **text}
+        return {"key_type": self.key_type, "num_keys": self.num_keys, "limit": sample.limit, **text}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> KeySketch:
         sketch = cls(state["key_type"])
         sketch.num_keys = state["num_keys"]
-        serde = [ds.PyLongsSerDe()] if sketch.key_type == "int64" else []
-        sample, frequent = (base64.b64decode(state[name]) for name in ("sample", "frequent"))
-        sketch._merged = ds.compact_tuple_sketch.deserialize(sample, ds.PyLongsSerDe())
-        sketch._frequent = type(sketch._frequent).deserialize(frequent, *serde)
+        parts = {name: base64.b64decode(state[name]) for name in ("hashes", "counts", "frequent")}
+        hashes, counts = np.frombuffer(parts["hashes"], "<u8"), np.frombuffer(parts["counts"], "<i8")
+        sketch._merged = [_Sample(state["limit"], hashes.astype(np.uint64), counts.astype(np.int64))]
+        sketch._frequent = ds.frequent_strings_sketch.deserialize(parts["frequent"])
         return sketch
 
-    def _all(self) -> ds.compact_tuple_sketch:
-        if self._merged is None:
-            return self._sample.compact()
-        union = ds.tuple_union(self._policy, _SAMPLE_LG)
-        union.update(self._sample)
-        union.update(self._merged)
-        return union.get_result()
+    def _sample(self) -> _Sample:
+        entries = np.array([(number, count) for number, count in self._sketch], np.uint64).reshape(-1, 2)
+        own = _Sample(self._sketch.theta64, entries[:, 0], entries[:, 1].astype(np.int64))
+        return _Sample.union([own, *self._merged])
 
     def summary(self) -> KeySummary:
         """What the sketch knows."""
-        sample = self._all()
-        counts = np.sort(np.fromiter((count for _, count in sample), np.float64, sample.num_retained))[::-1]
+        sample = self._sample()
+        share, size = sample.limit / _NO_LIMIT, len(sample.hashes)
+        error = _DEVIATIONS * math.sqrt(size * (1.0 - share)) / share
         found = self._frequent.get_frequent_items(ds.frequent_items_error_type.NO_FALSE_NEGATIVES, 0)
-        found.sort(key=lambda one: (-one[2], one[0]))
+        convert = int if self.key_type == "int64" else str
+        frequent = sorted(((convert(one[0]), one[2], one[3]) for one in found), key=lambda one: (-one[1], one[0]))
         return KeySummary(
             self.key_type,
             self.num_keys,
-            Estimate(sample.get_estimate(), sample.get_lower_bound(_DEVIATIONS), sample.get_upper_bound(_DEVIATIONS)),
-            counts,
-            sample.theta,
-            [one[0] for one in found],
-            np.array([one[2] for one in found], np.float64),
-            np.array([one[3] for one in found], np.float64),
+            Estimate(size / share, max(size, size / share - error), size / share + error),
+            np.sort(sample.counts)[::-1].astype(np.float64),
+            share,
+            [one[0] for one in frequent],
+            np.array([one[1] for one in frequent], np.float64),
+            np.array([one[2] for one in frequent], np.float64),
         )
 
 
