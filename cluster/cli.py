@@ -477,6 +477,7 @@ _COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "config": _config,
     "sessions": _sessions,
     "profile": sizing.profile,
+    "plan": sizing.plan,
     "train": _train,
     "tune": _tune,
     "export": _export,

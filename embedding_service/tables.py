@@ -34,8 +34,15 @@ class TableSpec:
 
     def num_bytes(self, optimizer: Optimizer) -> int:
         """Bytes of weights and optimiser state (row-wise Adagrad: one float32 a row; Adagrad: one a weight)."""
-        state = {"sgd": 0, "rowwise_adagrad": 4, "adagrad": 4 * self.dim}[optimizer]
-        return self.rows * (self.dim * _BYTES[self.precision] + state)
+        return self.weight_bytes(self.rows) + self.state_bytes(optimizer, self.rows)
+
+    def weight_bytes(self, rows: int) -> int:
+        """Bytes of the weights of so many rows."""
+        return rows * self.dim * _BYTES[self.precision]
+
+    def state_bytes(self, optimizer: Optimizer, rows: int) -> int:
+        """Bytes of the optimiser state of so many rows."""
+        return rows * {"sgd": 0, "rowwise_adagrad": 4, "adagrad": 4 * self.dim}[optimizer]
 
 
 def initial_rows(spec: TableSpec, seed: int, start: int, stop: int) -> np.ndarray:

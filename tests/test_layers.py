@@ -16,7 +16,7 @@ FRONT_DOOR = ("cluster/cli.py", "cluster/sizing.py")
 # library -> where it may be imported: a folder or files
 DOORS = {
     "ray": ("cluster/", "embedding_service/app.py"),
-    "torchrec": ("embedding_service/tables.py", "embedding_service/sharding.py"),
+    "torchrec": ("embedding_service/tables.py", "embedding_service/sharding.py", "embedding_service/shard_plan.py"),
     "fbgemm_gpu": ("embedding_service/tables.py", "embedding_service/sharding.py"),
     "faiss": ("embedding_service/index.py",),
     "datasketches": ("trainers/key_sketch.py", "trainers/profile.py"),

@@ -36,6 +36,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         "doctor",
         "sessions",
         "profile",
+        "plan",
         "train",
         "tune",
         "export",
