@@ -249,8 +249,8 @@ def _table_lines(found: dict[str, Any]) -> list[str]:
         ]
         for one in found["tables"]
     ]
-    header = ("table", "map", "keys", "rows", "dim", "weights", "optimiser", "sharding and kernel")
-    header += ("rows/rank", "rows/step", "sent/step")
+    header = ["table", "map", "keys", "rows", "dim", "weights", "optimiser", "sharding and kernel"]
+    header += ["rows/rank", "rows/step", "sent/step"]
     return [table(header, rows), "(rows/step, sent/step: expected, of a rank in a step)"]
 
 
@@ -304,7 +304,9 @@ def _offer_table(offers: list[dict[str, Any]], workers: int) -> str:
 
     rows = []
     for one in offers:
-        options = [f"--workers {one['workers']}"] * (one["workers"] != workers)
+        options = []
+        if one["workers"] != workers:
+            options = [f"--workers {one['workers']} --workers-per-machine {one['workers_per_machine']}"]
         options += [f"--set {setting}" for setting in one["settings"]]
         room = f"{size(one['table_bytes_per_rank'])} of {size(one['table_limit_bytes_per_rank'])}"
         rows.append([one["change"], room, " ".join(options)])

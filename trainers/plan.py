@@ -150,6 +150,7 @@ class Offer:
             "change": self.change,
             "settings": list(self.settings),
             "workers": self.workers,
+            "workers_per_machine": self.plan.machines.workers_per_machine,
             "table_bytes_per_rank": self.plan.largest_rank_bytes,
             "table_limit_bytes_per_rank": self.plan.table_limit_bytes,
         }
