@@ -282,18 +282,17 @@ def _collision_lines(found: dict[str, Any]) -> list[str]:
             one["name"],
             _ids(one),
             f"{one['rows']:,}",
-            f"{one['collisions']['keys_sharing']:,.0f}",
-            f"{one['collisions']['keys_covered']:,.0f}",
-            f"{one['collisions']['keys_identical']:,.0f}",
-            f"{one['collisions']['traffic_sharing']:.1%}",
+            f"{one['collisions']['all_shared']:,.0f}",
+            f"{one['collisions']['same_rows']:,.0f}",
+            f"{one['collisions']['lookups']:.1%}",
             one["distribution"],
         ]
         for one in found["tables"]
         if one["collisions"]
     ]
-    header = ("table", "keys", "rows", "share a row", "share all", "same vector", "of the lookups", "frequencies")
+    header = ("table", "keys", "rows", "no row of their own", "same vector", "of the lookups", "frequencies")
     return [
-        "expected collisions: keys that share a row, all their rows, or have another key's vector",
+        "expected collisions: keys without a row of their own, keys with another's vector, lookups of keys that share",
         table(header, rows),
     ]
 

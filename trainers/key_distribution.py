@@ -90,34 +90,6 @@ def _occupied(rows: float, draws: float) -> float:
     return rows * -math.expm1(draws * math.log1p(-1.0 / rows)) if rows > 1 else min(rows, draws)
 
 
-def expected_collisions(map: RowMap, distribution: KeyDistribution) -> dict[str, float]:
-    """What sharing means, by the occupancy of `m` rows by k hashes of n ids (Mitzenmacher and Upfal 2005, section 5.2):
-
-        another id uses a given row      q = 1 - (1 - 1 / m) ** (k (n - 1))
-        keys_sharing                     n (1 - (1 - q) ** k): keys that share at least one of their rows
-        keys_covered                     n q ** k: keys all of whose rows others use, too
-        keys_identical                   n (1 - exp(-(n - 1) k! / m ** k)): keys with the very vector of another key
-
-    traffic_sharing: share of the lookups that ask for keys with shared rows. Pairs of a quotient-remainder map are
-    distinct, so that no two of its keys are identical, but both rows of (nearly) every key are shared.
-    """
-    ids = float(map.ids)
-    if map.is_exact:
-        return {"keys_sharing": 0.0, "keys_covered": 0.0, "keys_identical": 0.0, "traffic_sharing": 0.0}
-    if map.kind == "quotient_remainder":
-        return {"keys_sharing": ids, "keys_covered": ids, "keys_identical": 0.0, "traffic_sharing": 1.0}
-    tail, rows, hashes = ids - map.head, float(map.rows - map.head), map.hashes
-    used = -math.expm1(hashes * (tail - 1) * math.log1p(-1.0 / rows)) if rows > 1 else 1.0
-    sharing = 1.0 - (1.0 - used) ** hashes
-    identical = -math.expm1(-(tail - 1) * math.exp(math.lgamma(hashes + 1) - hashes * math.log(rows)))
-    return {
-        "keys_sharing": tail * sharing,
-        "keys_covered": tail * used**hashes,
-        "keys_identical": tail * identical,
-        "traffic_sharing": (1.0 - distribution.coverage(map.head)) * sharing,
-    }
-
-
 def _ranks(ids: int) -> Float64s:
     """1, 2, 3... and from where these are dense ranks in a constant ratio, up to `ids`."""
     steps = int(math.log(ids) / math.log(_STEP)) + 1

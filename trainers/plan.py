@@ -15,10 +15,12 @@ from typing import Any
 from cluster.config import Config, config_from_dict, config_to_dict
 from cluster.errors import SettingError
 from cluster.sizes import format_bytes
+from embedding_service.collisions import expected_collisions
+from embedding_service.hashed_keys import NUM_IDS
 from embedding_service.row_maps import RowMap, weight_table
 from embedding_service.shard_plan import Machines, TableShards, plan_shards
 from embedding_service.tables import TableSpec
-from trainers.key_distribution import KeyDistribution, expected_collisions, rows_of_step
+from trainers.key_distribution import KeyDistribution, rows_of_step
 from trainers.model_tables import ModelTables, model_tables
 from trainers.models import check_model
 
@@ -208,7 +210,7 @@ def make_plan(config: Config, keys: Keys, machines: Machines) -> Plan:
                 asked[spec.name],
                 buffer,
                 _exchange_bytes(spec, asked[spec.name], machines),
-                None if shared is None or shared.is_exact else expected_collisions(shared, known[spec.name]),
+                _collisions(shared, known[spec.name]) if shared is not None else None,
                 known[spec.name].source if shared is not None else "",
             )
         )
@@ -342,6 +344,24 @@ def _draws_of_step(config: Config, keys: Keys) -> dict[str, list[tuple[KeyDistri
         if name != "item"
     }
     return found
+
+
+def _collisions(map: RowMap, keys: KeyDistribution) -> dict[str, float] | None:
+    """Expected figures (see `embedding_service.collisions`); None where keys have rows of their own, or where nobody
+    knows how many keys a table without a vocabulary will meet.
+
+    all_shared: keys none of whose rows is theirs alone. same_rows: keys with the rows, and so the vector, of another.
+    lookups: share of the lookups that ask for keys that share rows.
+    """
+    ids = round(float(keys.sizes.sum()))
+    if map.is_exact or ids >= NUM_IDS:
+        return None
+    found = expected_collisions(dataclasses.replace(map, ids=ids) if map.remainders == 0 else map)
+    return {
+        "all_shared": ids * found.all_shared,
+        "same_rows": ids * found.same_rows,
+        "lookups": 1.0 - keys.coverage(map.head),
+    }
 
 
 def _buffer_bytes(spec: TableSpec, rows: int, machines: Machines) -> int:

@@ -72,11 +72,10 @@ def keys_of(config: Config, told: Mapping[str, int], profile: Mapping[str, Any] 
             continue
         if prepared is None and name == "item" and config.keys.unknown == "row":
             ids += 1
-        if chosen is not None and not chosen.vocabulary:
-            ids = NUM_IDS
         if found is None and name in columns and ids < NUM_IDS:
             found = KeyDistribution.of_profile(columns[name], ids)
-        num_ids[name], distributions[name] = ids, found or KeyDistribution.zipf(ids, _EXPONENT)
+        distributions[name] = found or KeyDistribution.zipf(ids, _EXPONENT)
+        num_ids[name] = NUM_IDS if chosen is not None and not chosen.vocabulary else ids
     items = profile["lengths"]["mean"] if profile is not None else Keys.session_items
     per_session = {name: column["per_session"] for name, column in columns.items()}
     return Keys(num_ids, distributions, items, per_session)

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from embedding_service.row_maps import RowMap
-from trainers.key_distribution import KeyDistribution, expected_collisions, rows_of_step
+from trainers.key_distribution import KeyDistribution, rows_of_step
 from trainers.key_sketch import KeySketch
 
 IDS = 5_000
@@ -58,29 +58,7 @@ def test_counts_and_profiles_say_the_same() -> None:
         RowMap.exact(IDS),
     ],
 )
-def test_expected_rows_and_collisions_are_those_of_the_map(map: RowMap) -> None:
+def test_expected_rows_of_a_step_are_those_of_the_map(map: RowMap) -> None:
     distribution = KeyDistribution.zipf(IDS, 1.0)
-    rows = [len(np.unique(map.lists(np.unique(_draws(2_000))).values))]
-    assert rows_of_step(map, distribution, 2_000) == pytest.approx(np.mean(rows), rel=0.06)
-    lists = map.lists(np.arange(IDS))
-    users = np.bincount(np.unique(np.stack([lists.values, lists.owners()]), axis=1)[0], minlength=map.rows)
-    shared = users[lists.values] > 1
-    sharing = np.bincount(lists.owners(), shared, IDS) > 0
-    covered = np.bincount(lists.owners(), ~shared, IDS) == 0
-    _, first, number = np.unique(
-        [tuple(sorted(part)) for part in _padded(map)], axis=0, return_inverse=True, return_counts=True
-    )
-    found = expected_collisions(map, distribution)
-    assert found["keys_sharing"] == pytest.approx(sharing.sum(), rel=0.05, abs=1)
-    assert found["keys_covered"] == pytest.approx(covered.sum(), rel=0.05, abs=1)
-    assert found["keys_identical"] == pytest.approx((number[first.ravel()] > 1).sum(), rel=0.1, abs=12)
-    assert found["traffic_sharing"] == pytest.approx(_probability(1.0)[sharing].sum(), abs=0.03)
-
-
-def _padded(map: RowMap) -> np.ndarray:
-    lists = map.lists(np.arange(IDS))
-    width = int(lists.lengths.max())
-    out = np.full((IDS, width), -1)
-    place = np.arange(len(lists.values)) - lists.offsets[:-1][lists.owners()]
-    out[lists.owners(), place] = lists.values
-    return out
+    rows = len(np.unique(map.lists(np.unique(_draws(2_000))).values))
+    assert rows_of_step(map, distribution, 2_000) == pytest.approx(rows, rel=0.06)

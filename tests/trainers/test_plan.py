@@ -102,8 +102,8 @@ def test_the_budgets_plan_is_the_one_that_training_would_hold() -> None:
     assert user.map.kind == "head_tail"
     assert user.collisions is not None
     tail = USERS - user.map.head
-    assert 0 < user.collisions["keys_identical"] < user.collisions["keys_covered"] <= tail
-    assert user.collisions["keys_covered"] < user.collisions["keys_sharing"] <= tail
+    assert 0 < user.collisions["same_rows"] < user.collisions["all_shared"] <= tail
+    assert 0.0 < user.collisions["lookups"] < 0.5  # the head is asked for more often
 
 
 def test_sharing_candidates_is_warned_of_with_figures() -> None:
@@ -115,6 +115,12 @@ def test_sharing_candidates_is_warned_of_with_figures() -> None:
     plan = _plan(users, _gpus(8))
     assert plan.warnings == ()
     assert {one.spec.name: one.spec.rows for one in plan.tables} == {"item": ITEMS, "user": 10**7}
+    collisions = {one.spec.name: one.collisions for one in plan.tables}
+    assert collisions["item"] is None
+    assert collisions["user"] is not None
+    assert collisions["user"]["all_shared"] == pytest.approx(USERS)  # a hundred users to a row
+    unknown = make_plan(users, keys_of(users, {"item": ITEMS}, None), _gpus(8))
+    assert [one.collisions for one in unknown.tables] == [None, None]
 
 
 def test_on_cpu_workers_share_a_machines_memory() -> None:
@@ -200,7 +206,12 @@ def test_the_command_prints_the_plan_and_answers_no(tmp_path: Path, capsys: pyte
     assert cli.main([*options, "--workers", "2", *settings]) == 0
     shown = capsys.readouterr().out
     assert "expected collisions" in shown
+    assert "warning" not in shown  # users share rows first
+    sharing = ["--set", "tables.item.map=head_tail", "--set", "tables.item.compression=2"]
+    assert cli.main([*options, "--workers", "8", *sharing]) == 0
+    shown = capsys.readouterr().out
     assert "warning: the candidates of table item share rows" in shown
+    assert "kept 91 %" in shown
     assert cli.main([*options, "--workers", "2"]) == 1
     assert "it does not fit: a rank lacks" in capsys.readouterr().out
     assert cli.main(["plan", str(path), "--device", "cpu", "--hbm", "1GiB"]) == 2
