@@ -51,6 +51,8 @@ with _quiet_import():
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
     from torchrec.modules.embedding_configs import DataType
     from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -154,10 +156,25 @@ class ShardedTables:
             for name in self.specs
         }
         world = dist.get_world_size()
-        topology = Topology(world_size=world, compute_device=self.device.type, local_world_size=world)
+        # TorchRec's own idea of a device's memory would refuse what fits: 32 GiB of a GPU, 128 GiB of a machine.
+        is_gpu = self.device.type == "cuda"
+        hbm = torch.cuda.get_device_properties(self.device).total_memory if is_gpu else 0
+        topology = Topology(
+            world_size=world, compute_device=self.device.type, local_world_size=world, hbm_cap=hbm, ddr_cap=2**60
+        )
         sharders: list[Any] = [EmbeddingCollectionSharder()]
-        planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
-        plan = planner.collective_plan(collection, sharders, dist.group.WORLD)
+        planner = EmbeddingShardingPlanner(
+            topology=topology, constraints=constraints, storage_reservation=FixedPercentageStorageReservation(0.0)
+        )
+        try:
+            plan = planner.collective_plan(collection, sharders, dist.group.WORLD)
+        except PlannerError as error:
+            if error.error_type != PlannerErrorType.INSUFFICIENT_STORAGE:
+                raise
+            raise SettingError(
+                "cluster.workers",
+                f"the GPUs of {world} workers cannot hold the tables; `lexshard plan` says what makes them fit",
+            ) from None
         return DistributedModelParallel(
             collection, device=self.device, plan=plan, sharders=sharders, init_data_parallel=False
         )

@@ -19,12 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ITEMS = 20_000
+ITEMS = 10_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--users", type=int, default=2_300_000)
+    parser.add_argument("--users", type=int, default=560_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -78,12 +78,12 @@ train = "{source}"
 user = "user"
 [model]
 kind = "two_tower"
-dim = 128
+dim = 512
 query = ["user", "history"]
 examples = "last_item"
 [train]
 epochs = 1
-batch_size = 8192
+batch_size = 2048
 report_seconds = 1
 threads = 1
 checkpoint_seconds = 100000
