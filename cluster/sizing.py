@@ -232,7 +232,7 @@ def _table_lines(found: dict[str, Any]) -> list[str]:
     from cluster.console import table
     from cluster.sizes import format_bytes as size
 
-    place = "HBM" if found["machines"]["device"] == "cuda" else "host memory"
+    place = {"fused": "HBM" if found["machines"]["device"] == "cuda" else "host memory"}
     rows = [
         [
             one["name"],
@@ -242,7 +242,7 @@ def _table_lines(found: dict[str, Any]) -> list[str]:
             f"{one['dim']} {one['precision']}",
             size(one["weight_bytes"]),
             size(one["optimizer_bytes"]),
-            f"{one['sharding']}, {one['kernel']} ({place})",
+            f"{one['sharding']}, {one['kernel']} ({place.get(one['kernel'], 'host, cached in HBM')})",
             f"{max(one['rows_per_rank']):,}",
             f"{one['rows_per_step']:,}",
             size(one["all_to_all_bytes_per_rank_and_step"]),
@@ -268,6 +268,8 @@ def _rank_lines(found: dict[str, Any]) -> list[str]:
     if found["machines"]["device"] == "cuda":
         lines.append(f"limit: {size(limit)} of a GPU's {size(found['machines']['hbm_bytes'])}")
         lines.append(f"expected host memory per rank, for libraries, key maps and sessions: {process}")
+        if found["uvm_bytes_per_rank"]:
+            lines.append(f"and for tables with a cache on the GPU: {size(found['uvm_bytes_per_rank'])}")
     else:
         lines.append(f"limit: {size(max(0, limit))} beside {process} for libraries, key maps and sessions")
         lines.append(f"expected resident memory per rank: {size(found['resident_bytes_per_rank'])}")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from embedding_service.sharding import _check_fits_ranks, _Collections, _quiet_import, _t
+from embedding_service.sharding import _check_fits_ranks, _Collections, _quiet_import, _t, check_kernels
 from embedding_service.tables import Optimizer, TableSpec
 
 with _quiet_import():
@@ -46,13 +46,15 @@ class Machines:
 class TableShards:
     """A table's rows on every rank, and how they are held.
 
-    bytes_by_planner: what TorchRec reckons with per rank: weights, optimiser state and what a step sends and receives.
+    bytes_by_planner: what TorchRec reckons with per rank: weights, optimiser state and what a step sends and receives;
+    with UVM caching those of the cache. uvm_bytes: what then lies in the machine's memory.
     """
 
     rows: tuple[int, ...]
     sharding: str
     kernel: str
     bytes_by_planner: tuple[int, ...]
+    uvm_bytes: tuple[int, ...]
 
 
 def plan_shards(
@@ -70,6 +72,7 @@ def plan_shards(
     Raises SettingError where workers are so many that some would hold no row.
     """
     _check_fits_ranks(specs, machines.workers)
+    check_kernels(specs, machines.device)
     limit = _UNLIMITED if budget_bytes is None else max(1, budget_bytes)
     with _quiet_import():
         collection = _Collections(specs)
@@ -90,7 +93,7 @@ def plan_shards(
             constraints={
                 _t(spec.name): ParameterConstraints(
                     sharding_types=["row_wise"],
-                    compute_kernels=["fused"],
+                    compute_kernels=[spec.kernel],
                     batch_sizes=[max(1, rows_per_step[spec.name])],
                 )
                 for spec in specs
@@ -112,6 +115,7 @@ def plan_shards(
             option.sharding_type,
             option.compute_kernel,
             tuple(shard.storage.hbm if machines.device == "cuda" else shard.storage.ddr for shard in option.shards),
+            tuple(shard.storage.ddr if machines.device == "cuda" else 0 for shard in option.shards),
         )
         for option in planner._best_plan
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,12 @@ def _check_fits_ranks(specs: Sequence[TableSpec], world_size: int) -> None:
             raise SettingError(
                 "cluster.workers", f"{world_size} workers are too many for tables of {rows} rows: some would hold none"
             )
+
+
+def check_kernels(specs: Iterable[TableSpec], device: str) -> None:
+    """Raises SettingError for tables that such a device cannot hold so."""
+    if device == "cpu" and any(spec.kernel != "fused" for spec in specs):
+        raise SettingError("cluster.uvm_caching", "is for cuda; on CPU tables lie in the machine's memory anyway")
 
 
 def _nothing(weights: Tensor) -> None:
@@ -143,6 +149,7 @@ class ShardedTables:
 
     def _shard(self, learning_rate: float) -> DistributedModelParallel:
         """The one place where tables become distributed."""
+        check_kernels(self.specs.values(), self.device.type)
         collection = _Collections(list(self.specs.values()))
         kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
             "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
@@ -152,8 +159,8 @@ class ShardedTables:
         kind, options = kinds[self.optimizer]
         apply_optimizer_in_backward(kind, collection.parameters(), {"lr": learning_rate, **options})
         constraints = {
-            _t(name): ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"])
-            for name in self.specs
+            _t(name): ParameterConstraints(sharding_types=["row_wise"], compute_kernels=[spec.kernel])
+            for name, spec in self.specs.items()
         }
         world = dist.get_world_size()
         # TorchRec's own idea of a device's memory would refuse what fits: 32 GiB of a GPU, 128 GiB of a machine.

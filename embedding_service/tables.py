@@ -12,6 +12,7 @@ import numpy as np
 
 Precision = Literal["fp32", "fp16"]
 Optimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+Kernel = Literal["fused", "fused_uvm_caching"]
 
 _BYTES = {"fp32": 4, "fp16": 2}
 
@@ -25,6 +26,7 @@ class TableSpec:
     dim: int
     init_scale: float
     precision: Precision = "fp32"
+    kernel: Kernel = "fused"  # where it lies: see cluster.uvm_caching
 
     def __post_init__(self) -> None:
         if self.rows < 1:

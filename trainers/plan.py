@@ -60,6 +60,7 @@ class TablePlan:
     optimizer_bytes: tuple[int, ...]
     rows_per_step: int
     buffer_bytes: int
+    held_bytes: tuple[int, ...]  # by rank, of what the limit is for: all of these, or the cache on the GPU
     exchange_bytes: int
     collisions: dict[str, float] | None
     distribution: str
@@ -97,8 +98,13 @@ class Plan:
     warnings: tuple[str, ...]
 
     def rank_bytes(self, rank: int) -> int:
-        """Of a rank's weights, optimiser state and buffers."""
-        return sum(one.weight_bytes[rank] + one.optimizer_bytes[rank] + one.buffer_bytes for one in self.tables)
+        """Of a rank's weights, optimiser state and buffers, where the limit is for; of UVM caching the cache."""
+        return sum(one.held_bytes[rank] for one in self.tables)
+
+    @property
+    def uvm_bytes(self) -> int:
+        """Of the fullest rank's tables, in its machine's memory because of UVM caching."""
+        return max(sum(one.shards.uvm_bytes[rank] for one in self.tables) for rank in range(self.machines.workers))
 
     @property
     def largest_rank_bytes(self) -> int:
@@ -127,6 +133,7 @@ class Plan:
             "machines": {**dataclasses.asdict(self.machines), "num_machines": self.machines.num_machines},
             "table_limit_bytes_per_rank": self.table_limit_bytes,
             "process_bytes_per_rank": self.process_bytes,
+            "uvm_bytes_per_rank": self.uvm_bytes,
             "resident_bytes_per_rank": self.process_bytes
             + (self.largest_rank_bytes if self.machines.device == "cpu" else 0),
             "weight_bytes": sum(sum(one.weight_bytes) for one in self.tables),
@@ -198,8 +205,12 @@ def make_plan(config: Config, keys: Keys, machines: Machines) -> Plan:
         weights = tuple(spec.weight_bytes(rows) for rows in one.rows)
         state = tuple(spec.state_bytes(tables.optimizer, rows) for rows in one.rows)
         buffer = buffers[spec.name]
-        if machines.device == "cuda":
+        if spec.kernel != "fused":
+            held = one.bytes_by_planner
+        elif machines.device == "cuda":
             buffer = max(buffer, *(b - w - o for b, w, o in zip(one.bytes_by_planner, weights, state, strict=True)))
+        if spec.kernel == "fused":
+            held = tuple(w + o + buffer for w, o in zip(weights, state, strict=True))
         plans.append(
             TablePlan(
                 spec,
@@ -209,20 +220,28 @@ def make_plan(config: Config, keys: Keys, machines: Machines) -> Plan:
                 state,
                 asked[spec.name],
                 buffer,
+                held,
                 _exchange_bytes(spec, asked[spec.name], machines),
                 _collisions(shared, known[spec.name]) if shared is not None else None,
                 known[spec.name].source if shared is not None else "",
             )
         )
-    warnings = tuple(_warnings(config, tables, machines, process))
-    plan = Plan(machines, tuple(plans), process, limit, fits, warnings)
-    host_fits = machines.workers_here * process <= machines.host_bytes * (1.0 - HOST_RESERVE)
-    return dataclasses.replace(plan, fits=fits and plan.missing_bytes == 0 and host_fits)
+    plan = Plan(machines, tuple(plans), process, limit, fits, ())
+    on_host = machines.workers_here * (process + plan.uvm_bytes)
+    host_fits = machines.device == "cpu" or on_host <= machines.host_bytes * (1.0 - HOST_RESERVE)
+    warnings = list(_warnings(tables))
+    if not host_fits:
+        warnings.append(
+            f"key maps, sessions and UVM tables take {format_bytes(on_host)} of a machine's memory, which has "
+            f"{format_bytes(machines.host_bytes)}: hash the keys of users and features as they come "
+            "(tables.NAME.vocabulary = false), or put fewer workers on a machine"
+        )
+    return dataclasses.replace(plan, fits=fits and plan.missing_bytes == 0 and host_fits, warnings=tuple(warnings))
 
 
 def offers(config: Config, keys: Keys, machines: Machines) -> list[Offer]:
     """Changes of one thing each (or of precision and one more) with which the tables fit, the smallest first: fp16,
-    more workers, keys that share rows, smaller vectors.
+    more workers, UVM caching, keys that share rows, smaller vectors.
     """
     found: list[Offer] = []
     half = ("model.precision=fp16",)
@@ -233,6 +252,7 @@ def offers(config: Config, keys: Keys, machines: Machines) -> list[Offer]:
         also = "fp16 tables and " if settings else ""
         for offer in (
             _more_workers(config, keys, machines, settings, also),
+            _uvm_caching(config, keys, machines, settings, also),
             _shared_rows(config, keys, machines, settings, also),
             _smaller_dim(config, keys, machines, settings, also),
         ):
@@ -273,6 +293,13 @@ def _more_workers(config: Config, keys: Keys, machines: Machines, settings: tupl
         else:
             high, best = middle, offer
     return best
+
+
+def _uvm_caching(config: Config, keys: Keys, machines: Machines, settings: tuple[str, ...], also: str) -> Offer | None:
+    if machines.device == "cpu" or config.cluster.uvm_caching:
+        return None
+    change = f"{also}tables in the machine's memory, a cache on the GPU (slower)"
+    return _offer(change, config, keys, machines, (*settings, "cluster.uvm_caching=true"))
 
 
 def _shared_rows(config: Config, keys: Keys, machines: Machines, settings: tuple[str, ...], also: str) -> Offer | None:
@@ -316,7 +343,7 @@ def with_settings(config: Config, settings: tuple[str, ...]) -> Config:
     for setting in settings:
         path, _, value = setting.partition("=")
         section, name = path.split(".")
-        tree[section][name] = int(value) if value.isdecimal() else value
+        tree[section][name] = True if value == "true" else int(value) if value.isdecimal() else value
     return config_from_dict(tree)
 
 
@@ -399,7 +426,7 @@ def process_bytes(config: Config, keys: Keys, tables: ModelTables) -> int:
     return PROCESS_BYTES + maps + arrays + copies + sessions
 
 
-def _warnings(config: Config, tables: ModelTables, machines: Machines, process: int) -> Iterator[str]:
+def _warnings(tables: ModelTables) -> Iterator[str]:
     for spec in tables.specs:
         map = tables.maps[spec.name]
         if not map.is_exact and spec.name in ("item", "output"):
@@ -408,9 +435,3 @@ def _warnings(config: Config, tables: ModelTables, machines: Machines, process: 
                 f"({map.ids / map.rows:.3g}x fewer), and ranking suffers from that: on Gowalla {_MEASURED[map.kind]}; "
                 "share the rows of users and features first"
             )
-    if machines.device == "cuda" and machines.workers_here * process > machines.host_bytes * (1.0 - HOST_RESERVE):
-        yield (
-            f"key maps and sessions take {format_bytes(machines.workers_here * process)} of a machine's memory, which "
-            f"has {format_bytes(machines.host_bytes)}: hash the keys of users and features as they come "
-            "(tables.NAME.vocabulary = false), or put fewer workers on a machine"
-        )

@@ -69,8 +69,9 @@ def test_two_gpus_are_refused_and_every_offer_applied_fits() -> None:
     limit = int(80 * GIB * (1 - GPU_RESERVE))
     assert per_rank - limit <= plan.missing_bytes <= per_rank - limit + GIB
     found = offers(config, keys, machines)
-    assert [offer.change.split(" (")[0] for offer in found][:3] == [
+    assert [offer.change.split(" (")[0] for offer in found][:4] == [
         "8 workers on 1 machine",
+        "tables in the machine's memory, a cache on the GPU",
         "shared rows",
         "vectors of dim 32",
     ]
@@ -90,7 +91,7 @@ def test_fp16_alone_comes_first_where_it_is_enough() -> None:
     config = _config()
     found = offers(config, keys_of(config, TOLD, None), _gpus(5))
     assert found[0].settings == ("model.precision=fp16",)
-    assert len(found) == 4  # and no offer of two things
+    assert len(found) == 5  # and no offer of two things
 
 
 def test_the_budgets_plan_is_the_one_that_training_would_hold() -> None:
@@ -121,6 +122,22 @@ def test_sharing_candidates_is_warned_of_with_figures() -> None:
     assert collisions["user"]["all_shared"] == pytest.approx(USERS)  # a hundred users to a row
     unknown = make_plan(users, keys_of(users, {"item": ITEMS}, None), _gpus(8))
     assert [one.collisions for one in unknown.tables] == [None, None]
+
+
+def test_uvm_caching_needs_a_cache_on_the_gpu_and_the_tables_in_the_machine() -> None:
+    config = _config(cluster={"uvm_caching": True})
+    plan = _plan(config, _gpus(2))
+    tables = (USERS + ITEMS) // 2 * (128 * 4 + 4)
+    assert plan.fits
+    assert {one.shards.kernel for one in plan.tables} == {"fused_uvm_caching"}
+    assert plan.uvm_bytes == pytest.approx(tables, rel=1e-3)
+    assert 0.2 * tables < plan.largest_rank_bytes < 0.25 * tables  # a fifth of the rows, and a step's buffers
+    small = _plan(config, Machines(2, 8, "cuda", 80 * GIB, 512 * GIB))
+    assert not small.fits
+    assert "UVM tables take" in small.warnings[0]
+    assert "which has 512.0 GiB" in small.warnings[0]
+    with pytest.raises(SettingError, match=r"cluster.uvm_caching: is for cuda"):
+        _plan(config, Machines(2, 2, "cpu", 0, 1024 * GIB))
 
 
 def test_on_cpu_workers_share_a_machines_memory() -> None:
@@ -202,7 +219,7 @@ def test_the_command_prints_the_plan_and_answers_no(tmp_path: Path, capsys: pyte
     assert cli.main([*options, "--workers", "2", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["offers"][0]["workers"] == 8
-    settings = [f"--set={setting}" for setting in found["offers"][1]["settings"]]
+    settings = [f"--set={setting}" for setting in found["offers"][2]["settings"]]
     assert cli.main([*options, "--workers", "2", *settings]) == 0
     shown = capsys.readouterr().out
     assert "expected collisions" in shown
