@@ -16,7 +16,7 @@ from cluster.config import Config
 from cluster.errors import DataError
 from trainers.key_sketch import KeySketch
 from trainers.prepare import open_reader
-from trainers.session_batch import Columns, SessionBatch
+from trainers.session_batch import Columns, SessionBatch, is_weighted
 from trainers.sessions import SessionReader
 
 FORMAT = "lexshard profile"
@@ -176,5 +176,6 @@ def _profile_part(
 def _keys_of(column: pa.Array) -> pa.Array | None:
     """The keys of a decoded column, those of lists one after the other, without nulls; None: it holds numbers."""
     if pa.types.is_large_list(column.type):
-        return column.flatten()
+        flat = column.flatten()
+        return flat.flatten()[0] if is_weighted(column.type) else flat
     return None if pa.types.is_floating(column.type) or pa.types.is_fixed_size_list(column.type) else column.drop_null()

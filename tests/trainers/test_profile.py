@@ -23,6 +23,7 @@ def _sessions(folder: Path, num: int = 4_000) -> Path:
         "city": pa.array([None if i % 4 == 0 else i % 4 for i in range(num)]),
         "tags": pa.array([["a"] * (i % 3) for i in range(num)]),
         "price": pa.array(random.random(num)),
+        "mood": pa.array([[("calm", 0.5), (str(i % 7), 0.1)] for i in range(num)], pa.map_(pa.string(), pa.float32())),
     }
     table = pa.table(rows)
     write_table(folder / "0.parquet", table.slice(0, num // 3), chunk=500)
@@ -31,7 +32,7 @@ def _sessions(folder: Path, num: int = 4_000) -> Path:
 
 
 def _config(source: Path | str, **sections: dict[str, Any]) -> Config:
-    features = ["city", "tags", "price"]
+    features = ["city", "tags", "price", "mood"]
     tree: dict[str, Any] = {
         "data": {"train": str(source), "user": "who", "query_features": features, "shuffle_sessions": 300},
         "model": {"kind": "two_tower"},
@@ -64,9 +65,11 @@ def test_a_profile_tells_what_is_there(tmp_path: Path) -> None:
     assert found["lengths"]["max"] == 4
     assert found["lengths"]["quantiles"]["0.5"] == 2
     columns = found["columns"]
-    assert columns.keys() == {"item", "user", "query_city", "query_tags"}  # a price has no keys
+    assert columns.keys() == {"item", "user", "query_city", "query_tags", "query_mood"}  # a price has no keys
     assert columns["user"]["distinct"]["value"] == 2_000
     assert (columns["query_city"]["distinct"]["value"], columns["query_city"]["occurrences"]) == (3, 3_000)
+    assert columns["query_mood"]["distinct"]["value"] == 8
+    assert columns["query_mood"]["frequent"][0] == {"key": "calm", "low": 4_000, "high": 4_000}
     assert columns["query_tags"]["per_session"] == pytest.approx(1.0, abs=1e-3)
 
 
@@ -121,6 +124,7 @@ def _with_null_list() -> pa.Table:
             "city": pa.array([1] * 20),
             "tags": pa.array([["a"]] * 20),
             "price": pa.array([1.0] * 20),
+            "mood": pa.array([[]] * 20, pa.map_(pa.string(), pa.float32())),
         }
     )
 
