@@ -27,6 +27,7 @@ from trainers.models import check_model
 GPU_RESERVE = 0.15  # of GPU memory: CUDA's context, towers, activations, fragmentation (TorchRec's own default)
 HOST_RESERVE = 0.05  # of a machine's memory, for the operating system
 PROCESS_BYTES = 750 * 2**20  # of a worker with its libraries, before it has read anything: see benchmark plan_memory
+RAY_BYTES = 100 * 2**20  # more, of a worker that Ray has started
 _SESSION_ITEMS = 20.0  # of a session, where no profile says how many
 _REUSE = 2  # see trainers.item2vec
 
@@ -182,7 +183,7 @@ def make_plan(config: Config, keys: Keys, machines: Machines) -> Plan:
         asked[spec.name] = min(math.ceil(rows), map.rows)
         if map.weight_rows:
             asked[weight_table(spec.name)] = min(asked[spec.name], map.weight_rows)
-    process = process_bytes(config, keys, tables)
+    process = process_bytes(config, keys, machines)
     if machines.device == "cuda":
         limit = int(machines.hbm_bytes * (1.0 - GPU_RESERVE))
     else:
@@ -407,7 +408,7 @@ def _exchange_bytes(spec: TableSpec, rows: int, machines: Machines) -> int:
     return rows * (machines.workers - 1) * (8 + row + 4 * spec.dim) // machines.workers
 
 
-def process_bytes(config: Config, keys: Keys, tables: ModelTables) -> int:
+def process_bytes(config: Config, keys: Keys, machines: Machines) -> int:
     """Memory of a worker besides the tables: the program, key maps, arrays with an entry per item, sessions read ahead.
 
     A vocabulary has a key and a count of 8 bytes each (of text: 24 and 8), mapped from a file, and a hash table of a
@@ -423,7 +424,8 @@ def process_bytes(config: Config, keys: Keys, tables: ModelTables) -> int:
     arrays = items * (28 if config.model.kind == "item2vec" else 1 + 24 * bool(config.model.sampled_negatives))
     copies = 2 * items * config.model.dim * 4 if config.model.mined_negatives else 0
     sessions = int(3 * config.data.shuffle_sessions * (16 + 8 * keys.session_items))
-    return PROCESS_BYTES + maps + arrays + copies + sessions
+    on_ray = machines.workers > 1 or config.cluster.engine == "ray"
+    return PROCESS_BYTES + RAY_BYTES * on_ray + maps + arrays + copies + sessions
 
 
 def _warnings(tables: ModelTables) -> Iterator[str]:
