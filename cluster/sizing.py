@@ -159,8 +159,9 @@ def plan(args: Arguments) -> int:
     config = load_config(args.config, [*args.set, *overrides])
     told = _told(args)
     machines = _machines(args, config)
-    from trainers.plan import make_plan, offers
+    from trainers.plan import make_plan
     from trainers.plan_keys import keys_of, read_profile
+    from trainers.plan_offers import offers
 
     keys = keys_of(config, told, read_profile(args.profile) if args.profile else None)
     found = make_plan(config, keys, machines)

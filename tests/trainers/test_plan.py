@@ -11,8 +11,9 @@ from cluster.config import Config, config_from_dict
 from cluster.errors import DataError, SettingError
 from embedding_service.shard_plan import Machines
 from tests.trainers.runs import small_config, write_sessions
-from trainers.plan import GPU_RESERVE, Plan, make_plan, offers, with_settings
+from trainers.plan import GPU_RESERVE, Plan, make_plan
 from trainers.plan_keys import keys_of, read_profile
+from trainers.plan_offers import offers, with_settings
 from trainers.prepare import open_reader, prepare
 from trainers.profile import profile
 
