@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from cluster.sizing import add_sizing
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command; the parsed `command` is the command's name."""
@@ -18,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
 
     _add_preparing(add)
+    add_sizing(add, _add_set)
     _add_training(add)
     _add_serving(add)
     return parser

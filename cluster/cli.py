@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster import sizing
 from cluster.arguments import build_parser
 from cluster.errors import ArtifactError, LexshardError, SettingError
 
@@ -475,6 +476,8 @@ _COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "doctor": _doctor,
     "config": _config,
     "sessions": _sessions,
+    "profile": sizing.profile,
+    "plan": sizing.plan,
     "train": _train,
     "tune": _tune,
     "export": _export,

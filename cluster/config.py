@@ -334,6 +334,11 @@ class ClusterSettings:
     workers: int = setting(1, "workers; 1 runs inline without Ray unless `engine` says otherwise", low=1)
     engine: Literal["auto", "inline", "ray"] = setting("auto", "auto: inline for one worker, Ray Train for more")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    uvm_caching: bool = setting(
+        False,
+        "cuda: tables lie in the machine's memory, and the GPU holds a cache of a fifth of their rows (FBGEMM's UVM "
+        "caching): larger tables, slower steps",
+    )
     address: str = setting("", "Ray cluster to join (`auto`, or host:port); empty: a local one is started")
     max_failures: int = setting(
         3, "restarts after a worker's death before the run gives up; -1: no limit. Errors are not retried", low=-1

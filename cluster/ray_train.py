@@ -65,7 +65,7 @@ def run_on_ray(
     listener: Listener,
 ) -> Json:
     """`launch` on Ray Train workers; see there."""
-    with _cluster(address, num_cpus=max(num_cores(), workers)), open_mailbox(listener) as mailbox:
+    with ray_cluster(address, num_cpus=max(num_cores(), workers)), open_mailbox(listener) as mailbox:
         kind = _device_of(device, workers)
         _announce_shortage(workers, kind, listener)
         job = {"fn": fn, "settings": settings, "device": kind, "threads": threads, "mailbox": mailbox}
@@ -112,7 +112,7 @@ def _run_once(job: dict[str, Any], *, workers: int, kind: str, storage: str, nam
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         for failure in getattr(error, "worker_failures", {}).values():
-            if isinstance(failure, _UserError):
+            if isinstance(failure, UserError):
                 raise failure.rebuild() from None
         raise
     except RayError as error:  # not a worker: Ray's own controller, or the cluster under it
@@ -135,12 +135,12 @@ def _work(job: dict[str, Any]) -> str:
         ):
             return json.dumps(job["fn"](job["settings"]))
     except LexshardError as error:
-        raise _UserError(type(error), error.args, vars(error)) from None
+        raise UserError(type(error), error.args, vars(error)) from None
     finally:
         letters.flush()
 
 
-class _UserError(Exception):
+class UserError(Exception):
     """A LexshardError on its way to the launching process, whatever its constructor looks like."""
 
     def __init__(self, kind: type[LexshardError], values: tuple[Any, ...], attributes: dict[str, Any]) -> None:
@@ -157,7 +157,7 @@ class _UserError(Exception):
 
 
 @contextmanager
-def _cluster(address: str, *, num_cpus: int) -> Iterator[None]:
+def ray_cluster(address: str, *, num_cpus: int) -> Iterator[None]:
     """A connection to Ray; whatever was started or joined here is stopped or left with the block, and nothing else."""
     own = not address and not ray.is_initialized()
     for variable, value in (_RAY_SETTINGS | (_LOCAL_RAY_SETTINGS if own else {})).items():

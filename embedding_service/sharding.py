@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ with _quiet_import():
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
     from torchrec.modules.embedding_configs import DataType
     from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -65,6 +67,12 @@ def _check_fits_ranks(specs: Sequence[TableSpec], world_size: int) -> None:
             raise SettingError(
                 "cluster.workers", f"{world_size} workers are too many for tables of {rows} rows: some would hold none"
             )
+
+
+def check_kernels(specs: Iterable[TableSpec], device: str) -> None:
+    """Raises SettingError for tables that such a device cannot hold so."""
+    if device == "cpu" and any(spec.kernel != "fused" for spec in specs):
+        raise SettingError("cluster.uvm_caching", "is for cuda; on CPU tables lie in the machine's memory anyway")
 
 
 def _nothing(weights: Tensor) -> None:
@@ -141,6 +149,7 @@ class ShardedTables:
 
     def _shard(self, learning_rate: float) -> DistributedModelParallel:
         """The one place where tables become distributed."""
+        check_kernels(self.specs.values(), self.device.type)
         collection = _Collections(list(self.specs.values()))
         kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
             "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
@@ -150,14 +159,29 @@ class ShardedTables:
         kind, options = kinds[self.optimizer]
         apply_optimizer_in_backward(kind, collection.parameters(), {"lr": learning_rate, **options})
         constraints = {
-            _t(name): ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"])
-            for name in self.specs
+            _t(name): ParameterConstraints(sharding_types=["row_wise"], compute_kernels=[spec.kernel])
+            for name, spec in self.specs.items()
         }
         world = dist.get_world_size()
-        topology = Topology(world_size=world, compute_device=self.device.type, local_world_size=world)
+        # TorchRec's own idea of a device's memory would refuse what fits: 32 GiB of a GPU, 128 GiB of a machine.
+        is_gpu = self.device.type == "cuda"
+        hbm = torch.cuda.get_device_properties(self.device).total_memory if is_gpu else 0
+        topology = Topology(
+            world_size=world, compute_device=self.device.type, local_world_size=world, hbm_cap=hbm, ddr_cap=2**60
+        )
         sharders: list[Any] = [EmbeddingCollectionSharder()]
-        planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
-        plan = planner.collective_plan(collection, sharders, dist.group.WORLD)
+        planner = EmbeddingShardingPlanner(
+            topology=topology, constraints=constraints, storage_reservation=FixedPercentageStorageReservation(0.0)
+        )
+        try:
+            plan = planner.collective_plan(collection, sharders, dist.group.WORLD)
+        except PlannerError as error:
+            if error.error_type != PlannerErrorType.INSUFFICIENT_STORAGE:
+                raise
+            raise SettingError(
+                "cluster.workers",
+                f"the GPUs of {world} workers cannot hold the tables; `lexshard plan` says what makes them fit",
+            ) from None
         return DistributedModelParallel(
             collection, device=self.device, plan=plan, sharders=sharders, init_data_parallel=False
         )

@@ -12,7 +12,7 @@ from cluster.config import Config, TableSettings
 from cluster.errors import SettingError
 from cluster.sizes import format_bytes, parse_bytes
 from embedding_service.row_maps import MapKind, RowMap, physical_tables
-from embedding_service.tables import Optimizer, TableSpec
+from embedding_service.tables import Kernel, Optimizer, TableSpec
 
 _WEIGHTS_PER_ROW = 4  # of learned weights, at most, for every shared row
 # (the items or the query side, times): what `auto` compresses, in this order, and how far; the items' ranking suffers
@@ -60,7 +60,8 @@ def model_tables(config: Config, num_ids: Mapping[str, int]) -> ModelTables:
         scale = train.init_scale or (0.5 / dim if is_item2vec else dim**-0.5)
         if table == "output":
             scale = 0.0
-        spec = TableSpec(table, num_ids[key_map], dim, scale, chosen.precision or model.precision)
+        kernel: Kernel = "fused_uvm_caching" if config.cluster.uvm_caching else "fused"
+        spec = TableSpec(table, num_ids[key_map], dim, scale, chosen.precision or model.precision, kernel=kernel)
         specs.append(spec)
         maps[table] = row_map(chosen, spec, f"tables.{key_map}")
     for name in config.tables.keys() - named:
