@@ -128,7 +128,8 @@ class RowMap:
         found = [dataclasses.replace(spec, rows=self.rows)]
         if self.weight_rows:
             name = weight_table(spec.name)
-            found.append(TableSpec(name, self.weight_rows, self.weight_width, 0.0, spec.precision))
+            weights = dataclasses.replace(spec, name=name, rows=self.weight_rows, dim=self.weight_width, init_scale=0.0)
+            found.append(weights)
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,13 +19,18 @@ _BYTES = {"fp32": 4, "fp16": 2}
 
 @dataclass(frozen=True)
 class TableSpec:
-    """One embedding table: `rows` x `dim` weights that start uniform in +-`init_scale` (0: all zeros)."""
+    """One embedding table: `rows` x `dim` weights that start uniform in +-`init_scale` (0: all zeros).
+
+    folder: where it lies on local disk; empty: in memory. frozen: its rows are never updated.
+    """
 
     name: str
     rows: int
     dim: int
     init_scale: float
     precision: Precision = "fp32"
+    folder: str = ""
+    frozen: bool = False
     kernel: Kernel = "fused"  # where it lies: see cluster.uvm_caching
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from trainers.lookups import read_blocks
 from trainers.merge import principal_axes, temper
 from trainers.negatives import UnigramSampler, keep_probability
 from trainers.prepare import Sessions
+from trainers.row_runs import RowRuns
 
 _TABLES = {"input": "input", "item": "output"}  # vector set of the artifact -> table
 _REUSE = 2  # how often a drawn negative is used in a block, on average; with 8, eight workers disagree about them
@@ -75,7 +76,7 @@ class Item2Vec:
 
     def __init__(
         self,
-        counts: np.ndarray,
+        counts: np.ndarray | RowRuns,
         *,
         tables: Sequence[TableSpec],
         maps: Mapping[str, RowMap],
@@ -96,7 +97,7 @@ class Item2Vec:
         """counts: int64 [rows], how often each item occurs in training; tables, maps: see `model_tables`; block_items:
         items of a worker's step.
         """
-        self.num_items, self.counts = len(counts), counts
+        self.num_items, self.counts = len(counts), RowRuns.of(counts)
         dim = tables[0].dim
         self.tables = MappedTables(
             tables,
@@ -110,8 +111,9 @@ class Item2Vec:
         self.query_tower = Tower(TowerSpec((block,), dim))
         self.dense: nn.ModuleDict = nn.ModuleDict()
         self.dense_optimizer: torch.optim.Optimizer | None = None
-        self._sampler = UnigramSampler(counts, negative_exponent)
-        self._keep = keep_probability(counts, subsample)
+        self._sampler = UnigramSampler(self.counts, negative_exponent)
+        self._keep = keep_probability(self.counts, subsample) if subsample > 0.0 else None
+        self._frozen = (self.tables.specs["input"].frozen, self.tables.specs["output"].frozen)
         self._cbow, self._window, self._ordered, self._num_negatives = cbow, window, ordered, num_negatives
         self._block_items, self._learning_rate, self._threads = block_items, learning_rate, threads
 
@@ -202,6 +204,7 @@ class Item2Vec:
             num_negatives=self._num_negatives,
             learning_rate=rate,
             seed=part.seed,
+            frozen=self._frozen,
         )
         samples = (source[_sample(part.tokens)], target[_sample(part.tokens)], target[_sample(part.negatives)])
         return _Learned(

@@ -20,6 +20,7 @@ from trainers.item2vec import Item2Vec
 from trainers.mining import MiningSpec
 from trainers.model_tables import ModelTables, check_tables, model_tables
 from trainers.prepare import Prepared, Sessions, check_feature_names
+from trainers.row_runs import RowRuns
 from trainers.two_tower import TwoTower
 
 
@@ -51,7 +52,7 @@ class Model(Protocol):
     dense_optimizer: torch.optim.Optimizer | None
     query_tower: Tower
     num_items: int
-    counts: np.ndarray  # int64 [num_items], how often training sees each
+    counts: RowRuns  # int64 by item row, how often training sees each
     similar_set: str
 
     def plan(self, sessions: Sessions, numbers: tuple[int, ...]) -> Plan: ...
@@ -65,10 +66,12 @@ class Model(Protocol):
     def table_of(self, name: str) -> str | None: ...
 
 
-def item_counts(items: Vocabulary) -> np.ndarray:
-    """How often every row occurs in training, the unknown row included: int64 [rows]."""
-    counts = np.asarray(items.counts)
-    return counts if items.unknown == "skip" else np.append(counts, items.dropped)
+def item_counts(items: Vocabulary) -> RowRuns:
+    """How often every row occurs in training, the unknown row included: int64 by row."""
+    runs = RowRuns.of(np.asarray(items.counts))
+    if items.unknown == "skip":
+        return runs
+    return RowRuns(np.append(runs.starts, len(runs)), np.append(runs.values, items.dropped), len(runs) + 1)
 
 
 def check_model(config: Config) -> None:

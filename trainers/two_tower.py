@@ -23,6 +23,7 @@ from trainers.features import Feature
 from trainers.lookups import Lookups, plan_lookups, read_blocks
 from trainers.mining import HardNegatives
 from trainers.prepare import Sessions
+from trainers.row_runs import RowRuns
 
 HistoryEncoder = Literal["recency", "mean", "last", "attention", "gru"]
 
@@ -46,7 +47,7 @@ class TwoTower:
 
     def __init__(
         self,
-        counts: np.ndarray,
+        counts: np.ndarray | RowRuns,
         *,
         tables: Sequence[TableSpec],
         maps: Mapping[str, RowMap],
@@ -80,11 +81,10 @@ class TwoTower:
         its values of all items; unknown_row: the item row of unknown keys, -1 for none. What the settings mean:
         `lexshard config`.
         """
-        self.num_items, self.counts, self._unknown_row = len(counts), counts, unknown_row
+        self.num_items, self.counts, self._unknown_row = len(counts), RowRuns.of(counts), unknown_row
         self._item_values = dict(item_values)
-        self._described = np.zeros(self.num_items, bool)  # items of which a feature is known
-        for values in item_values.values():
-            self._described |= says(values)
+        known = [says(values) for values in item_values.values()]
+        self._described = np.logical_or.reduce(known) if known else None  # items of which a feature is known
         dims = {spec.name: spec.dim for spec in tables}
         self._table_of = {"candidate": "item", "history": "item" if share_items else "history"}
         self._table_of |= {name: name for name in dims if name not in ("item", "history")}
@@ -111,7 +111,7 @@ class TwoTower:
             torch.manual_seed(seed)
             self.query_tower = Tower(TowerSpec(tuple(inputs), dim, hidden, normalize)).to(device)
             self.item_tower = Tower(TowerSpec(tuple(candidate), dim, hidden, normalize)).to(device)
-            self.contrast = Contrast(counts, contrast, dim=dim, device=device)
+            self.contrast = Contrast(self.counts, contrast, dim=dim, device=device)
         self.dense = nn.ModuleDict(
             {"query_tower": self.query_tower, "item_tower": self.item_tower, "contrast": self.contrast}
         )
@@ -260,7 +260,7 @@ class TwoTower:
         that training never sees always are.
         """
         has_id = self.counts[items] > 0
-        if without_id is not None:
+        if without_id is not None and self._described is not None:
             has_id &= ~(without_id & self._described[items])
         single: dict[str, Given] = {"item": np.where(has_id, items, -1)}
         single |= {name: take_values(values, items) for name, values in self._item_values.items()}
@@ -268,7 +268,8 @@ class TwoTower:
 
     def encode_queries(self, history: Ragged, single: Mapping[str, Given]) -> Tensor:
         """Query vectors of n cases: float32 [n, dim]; items that training never sees are unknown. A collective call."""
-        rows = np.where(self.counts[history.values] > 0, history.values, self._unknown_row)
+        known = self.counts[np.maximum(history.values, 0)] > 0
+        rows = np.where(known, history.values, self._unknown_row)
         history = history.with_values(rows).keep(rows >= 0)
         inputs = input_rows(self.query_tower.spec, history=history, single=single)
         with torch.no_grad():

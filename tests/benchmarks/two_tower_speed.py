@@ -206,7 +206,7 @@ class PlainLoop:
             for first, rows in model.tables.local_shards(name):
                 table.weight.data[first : first + len(rows)] = rows
         counts = np.bincount(sessions.items.values, minlength=self.tables["item"].num_embeddings)
-        self.log_q = torch.from_numpy(np.log(frequency(counts)).astype(np.float32))
+        self.log_q = torch.from_numpy(np.log(frequency(counts).dense()).astype(np.float32))
         self.with_history = any(block.source == "history" for block in model.query_tower.spec.inputs)
         weights = [table.weight for table in self.tables.values()]
         self.optimizer = (
