@@ -118,6 +118,17 @@ class TableSettings:
     )
     dim: int = setting(0, "dimension of the table, for towers with hidden layers; 0: model.dim", low=0, high=4096)
     precision: Literal["", "fp32", "fp16"] = setting("", "precision of the table; empty: model.precision")
+    disk: str = setting(
+        "",
+        "folder on a local disk where the table lies, mapped into memory, for one larger than memory on CPU; every "
+        "worker needs it; empty: in memory",
+    )
+    vectors: str = setting(
+        "",
+        "file of vectors to start from, word2vec's text or binary format (gensim's, too) or Parquet with columns `key` "
+        "and `vector`; keys that it does not have start as always",
+    )
+    frozen: bool = setting(False, "the vectors are not trained: those of `vectors`, or of the run named by train.grow")
 
 
 @dataclass(frozen=True)
@@ -277,6 +288,11 @@ class ModelSettings:
 class TrainSettings:
     """How it is learned."""
 
+    grow: str = setting(
+        "",
+        "run whose last checkpoint this one begins with: keys that both know keep their vectors, new ones start as "
+        "always; empty: none",
+    )
     epochs: int = setting(10, "passes over the training sessions", low=1)
     batch_size: int = setting(
         2048, "two_tower: examples per worker and step; item2vec: items per worker and step", low=1

@@ -7,6 +7,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from cluster.storage import remove_folder, write_atomic, write_json
 from trainers.cases import Cases, load_validation
 from trainers.catalogue import evaluate_model
 from trainers.checkpoint import CheckpointStore, Position, Progress, check_same_run
+from trainers.growth import check_grow, grow
 from trainers.metrics import parse_metric
 from trainers.model_tables import table_warnings
 from trainers.models import Model, Step, build_model, check_model, tables_of
 from trainers.objectives import schedule
 from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, prepare
 from trainers.sessions import SessionReader, read_ahead
+from trainers.start import start_from_files
 from trainers.table_report import lines_of, table_report
 
 _STEPS_BETWEEN_QUESTIONS = 16  # whether a checkpoint is due, whether to stop
@@ -42,6 +45,7 @@ def train(config: Config, *, fresh: bool = False, on_event: Listener | None = No
     """
     parse_metric(config.train.metric)
     check_model(config)
+    check_grow(config)
     open_reader(config)  # a mistake in the data is told before anything is removed or started
     run = Path(config.run)
     if run.exists() and not run.is_dir():
@@ -50,7 +54,7 @@ def train(config: Config, *, fresh: bool = False, on_event: Listener | None = No
     if fresh:
         for name in ("checkpoints", "prepared", "tensorboard"):
             remove_folder(run / name)
-        for name in ("metrics.jsonl", "result.json"):
+        for name in ("metrics.jsonl", "result.json", "start.json"):
             (run / name).unlink(missing_ok=True)
     elif (before := store.newest_config()) is not None:
         check_same_run(before, config, store.folder)
@@ -96,6 +100,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     prepared = load_prepared(config.run, reader.fingerprint)
     model = build_model(config, prepared, device=place.device, threads=torch.get_num_threads())
     progress, warnings = store.resume(model, config)
+    if not progress.step:
+        _start_tables(config, prepared, model, place)
     cases = load_validation(config, prepared)
     if progress.metric != config.train.metric:  # another one now chooses the best
         progress.metric, progress.best_value, progress.best_epoch, progress.bad_validations = (
@@ -112,6 +118,17 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     finally:
         run.close()
     return run.result()
+
+
+def _start_tables(config: Config, prepared: Prepared, model: Model, place: Rank) -> None:
+    """Where a new run begins other than at random; what came of it is told, and kept in `<run>/start.json`."""
+    starts = start_from_files(config, prepared, model)
+    if config.train.grow:
+        starts += grow(config, prepared, model, place)
+    if starts and place.is_first:
+        for start in starts:
+            report({"kind": "note", "text": start.text()})
+        write_json(Path(config.run) / "start.json", [asdict(start) for start in starts])
 
 
 def _prepare(config: Config, reader: SessionReader, store: CheckpointStore) -> None:

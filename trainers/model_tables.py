@@ -61,7 +61,9 @@ def model_tables(config: Config, num_ids: Mapping[str, int]) -> ModelTables:
         if table == "output":
             scale = 0.0
         kernel: Kernel = "fused_uvm_caching" if config.cluster.uvm_caching else "fused"
-        spec = TableSpec(table, num_ids[key_map], dim, scale, chosen.precision or model.precision, kernel=kernel)
+        precision = chosen.precision or model.precision
+        frozen = chosen.frozen and table != "output"  # item2vec's vectors are its input table
+        spec = TableSpec(table, num_ids[key_map], dim, scale, precision, chosen.disk, frozen, kernel)
         specs.append(spec)
         maps[table] = row_map(chosen, spec, f"tables.{key_map}")
     for name in config.tables.keys() - named:
@@ -134,6 +136,12 @@ def _check_table(config: Config, name: str, chosen: TableSettings) -> None:
         )
     if not chosen.vocabulary:
         _check_without_vocabulary(path, name, chosen)
+    if chosen.vectors and shares:
+        raise SettingError(f"{path}.vectors", f"need a row for every key, and with map = {map} keys share rows")
+    if chosen.frozen and not chosen.vectors and not config.train.grow:
+        raise SettingError(f"{path}.frozen", "leaves the table as random as it begins: name `vectors` or train.grow")
+    if chosen.disk and config.cluster.device == "cuda":
+        raise SettingError(f"{path}.disk", "is for tables on CPU; set cluster.device = cpu")
     if chosen.dim % 4:
         raise SettingError(f"{path}.dim", f"must be divisible by 4, which the table kernels ask for; got {chosen.dim}")
     if chosen.dim not in (0, config.model.dim) and not config.model.hidden:
@@ -192,12 +200,13 @@ def _within(config: Config, tables: ModelTables, budget: int) -> ModelTables:
     optimizer = tables.optimizer
 
     def total() -> int:
-        return ModelTables(tables.specs, maps, optimizer).num_bytes
+        return sum(one.num_bytes(optimizer) for one in physical_tables(tables.specs, maps) if not one.folder)
 
     groups: dict[str, list[TableSpec]] = {}
     for spec in tables.specs:
-        name = _key_map(spec.name)
-        if config.tables.get(name, _DEFAULTS).map == "auto":
+        name = key_map_of(spec.name)
+        chosen = config.tables.get(name, _DEFAULTS)
+        if chosen.map == "auto" and not chosen.disk and not chosen.vectors:
             groups.setdefault(name, []).append(spec)
     sizes = {name: sum(spec.num_bytes(optimizer) for spec in specs) for name, specs in groups.items()}
     order = sorted(groups, key=lambda name: (-sizes[name], name))
@@ -212,8 +221,8 @@ def _within(config: Config, tables: ModelTables, budget: int) -> ModelTables:
             for spec in groups[name]:
                 rows = int(spec.rows / compression)
                 if 4 <= rows < maps[spec.name].rows:
-                    chosen = TableSettings(map="head_tail", rows=rows)
-                    maps[spec.name] = row_map(chosen, spec, f"tables.{name}")
+                    shared = TableSettings(map="head_tail", rows=rows)
+                    maps[spec.name] = row_map(shared, spec, f"tables.{name}")
     if total() > budget:
         raise SettingError(
             "keys.budget",
@@ -224,7 +233,7 @@ def _within(config: Config, tables: ModelTables, budget: int) -> ModelTables:
     return ModelTables(tables.specs, maps, optimizer)
 
 
-def _key_map(table: str) -> str:
+def key_map_of(table: str) -> str:
     return "item" if table in ("input", "output", "history") else table
 
 
