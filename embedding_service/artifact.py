@@ -36,6 +36,7 @@ from cluster.errors import ArtifactError
 from cluster.storage import checksum, publish_folder, remove_folder, sync_folder, write_atomic, write_json
 from embedding_service import manifest as schema
 from embedding_service.exact import Metric
+from embedding_service.faiss_header import check_index_file
 from embedding_service.index import VectorIndex
 from embedding_service.keys import Vocabulary
 from embedding_service.manifest import Manifest, parse_manifest, tower_spec
@@ -116,6 +117,8 @@ class Artifact:
     def index(self, name: str) -> VectorIndex:
         """The index `name`. Raises ArtifactError if there is none or it misfits."""
         entry = self._entry("index", self._manifest.indexes, name)
+        width = entry.dim + (entry.arrangement == "augmented")
+        check_index_file(self.path / entry.file, rows=entry.rows, width=width)
         index = VectorIndex.load(self.path / entry.file)
         found = (index.rows, index.dim, index.metric, index.arrangement, index.parameters)
         if found != (entry.rows, entry.dim, entry.metric, entry.arrangement, entry.parameters):

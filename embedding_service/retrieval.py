@@ -128,6 +128,14 @@ class Retriever:
         scores, rows, cold = self._recommend(history, single, k, history if exclude_seen else None)
         return self._results(catalogue, scores, rows, cold)
 
+    def candidates(self, index: str) -> Candidates:
+        """What the index `index` chooses from. Raises ArtifactError if there is none."""
+        return self._part(index)[0]
+
+    def catalogue(self, index: str) -> Vocabulary:
+        """The keys of the index's rows. Raises ArtifactError if there is none."""
+        return self._part(index)[1]
+
     def encode_rows(self, history: Ragged, users: Int64 | None, features: Mapping[str, Given]) -> Float32:
         """Query vectors float32 [n, dim] of n histories of item rows (oldest first), users [n] by row and features as
         `towers.Given`. -1 is unknown everywhere. `users` None: all unknown.

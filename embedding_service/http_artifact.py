@@ -1,0 +1,69 @@
+"""The HTTP interface over one artifact: what its manifest says of keys, users and features, for `HttpApi`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.errors import ArtifactError
+from embedding_service.artifact import Artifact
+from embedding_service.http_api import HttpApi
+from embedding_service.http_schema import Catalogue, FeatureType, Limits
+from embedding_service.keys import Vocabulary
+from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
+from embedding_service.towers import TowerInput
+
+
+def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1) -> HttpApi:  # noqa: B008 (frozen)
+    """The ASGI application over `artifact`, warmed up. Raises ArtifactError for one that lacks an index or a tower."""
+    check_servable(artifact)
+    manifest = artifact.manifest
+
+    def key_map(vectors: str) -> Vocabulary:
+        return artifact.keys(manifest["vectors"][vectors]["keys"])
+
+    index = manifest["indexes"][RECOMMEND]
+    items = key_map(index["vectors"])
+    inputs = {block.source: block for block in artifact.query_tower().spec.inputs}
+    users = key_map(inputs["user"].vectors) if "user" in inputs else None
+
+    def feature_type(block: TowerInput) -> FeatureType:
+        if block.encoder == "project":
+            return FeatureType(width=block.width)
+        return FeatureType(key_map(block.vectors).key_type, is_list=block.encoder in ("mean", "sum"))
+
+    features = {
+        name: feature_type(block)
+        for name, block in sorted(inputs.items())
+        if name not in ("history", "last_item", "user")
+    }
+    catalogue = Catalogue(
+        version=artifact.version,
+        num_items=len(items.keys),
+        dim=index["dim"],
+        key_type=items.key_type,
+        user_type=None if users is None else users.key_type,
+        features=features,
+        details={"model": _model_kind(manifest["lineage"]), "figures": manifest["figures"]},
+    )
+    api = HttpApi(Retriever(artifact, threads=threads), catalogue, items, users, limits=limits, threads=max(2, threads))
+    api.warm_up()
+    return api
+
+
+def _model_kind(lineage: Mapping[str, Any]) -> str | None:
+    """What was trained; nothing else of the lineage is published: its config names the paths of the data."""
+    try:
+        return str(lineage["config"]["model"]["kind"])
+    except (KeyError, TypeError):
+        return None
+
+
+def check_servable(artifact: Artifact) -> None:
+    """Raise ArtifactError for an artifact that lacks the query tower or an index that the endpoints need."""
+    indexes = artifact.manifest["indexes"]
+    if not {RECOMMEND, SIMILAR} <= indexes.keys() or artifact.manifest["query_tower"] is None:
+        raise ArtifactError(
+            f"{artifact.path}: a service needs a query tower and the indexes {RECOMMEND} and {SIMILAR}; "
+            f"indexes here: {', '.join(indexes) or 'none'}"
+        )
