@@ -103,8 +103,9 @@ class HttpApi:
         self._call_seconds = max(0.0, one - self._query_seconds)
 
     def close(self) -> None:
-        """Give the threads back, after the requests they work on."""
+        """Give the threads back, after the requests they work on. No request may follow."""
         self._pool.shutdown(wait=False)
+        vars(self).pop("_turns", None)  # the one that refers back to this: without it all memory is free at once
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> int:
         """Answer one request; returns the status, 499 where the client has left before it was answered."""

@@ -4,7 +4,7 @@
     POST /v1/versions             {"source"}             check a folder below the root and take it in
     POST /v1/versions/activate    {"version"}            check, judge, load, make live; "force" passes by the gates
     POST /v1/versions/canary      {"version", "share"}   the same for a share of the callers; a share of 0 ends it
-    POST /v1/versions/rollback                           the version before is live again
+    POST /v1/versions/rollback    {}                     the version before is live again
     POST /v1/versions/remove      {"version"}
     POST /v1/feedback             {"version", "request_id", "key"}
 
@@ -60,8 +60,8 @@ class Remove(Strict):
     version: str = Field(max_length=128)
 
 
-class Nothing(Strict):
-    pass
+class RollBack(Strict):
+    live: str = Field("", max_length=128, description="go back only if this version is live: asking twice is once")
 
 
 class Feedback(Strict):
@@ -81,7 +81,7 @@ OPERATIONS = (
               errors=_BODY | _TOKEN | _VERSION),
     Operation("POST", "/v1/versions/canary", "let a version answer a share", Canary, True, later=True,
               errors=_BODY | _TOKEN | _VERSION),
-    Operation("POST", "/v1/versions/rollback", "go back to the version before", None, True, errors=_BODY | _TOKEN),
+    Operation("POST", "/v1/versions/rollback", "go back to the version before", RollBack, True, errors=_BODY | _TOKEN),
     Operation("POST", "/v1/versions/remove", "remove a version", Remove, True, errors=_BODY | _TOKEN | _VERSION),
     Operation("POST", "/v1/feedback", "a click on what was answered", Feedback, status=204, answer="counted",
               errors=_BODY | _VERSION | {"401": "without the token"}),
@@ -143,8 +143,8 @@ class Management:
         return json_response({"state": "ended"})
 
     async def _roll_back(self, body: bytes) -> Response:
-        parse_body(Nothing, body or b"{}")
-        state = await _file_work(self._required_store().roll_back)
+        asked = parse_body(RollBack, body or b"{}")
+        state = await _file_work(self._required_store().roll_back, asked.live)
         await asyncio.to_thread(self._versions.refresh)
         return json_response({"live": state.live, "sequence": state.sequence, "problem": self._versions.problem})
 

@@ -10,7 +10,6 @@ The version that was live before stays in memory, so that going back is one flip
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import threading
@@ -147,14 +146,11 @@ class LiveVersions:
 
     def _retire(self, keep: set[str]) -> None:
         """Let go of all but `keep`, once their requests are answered."""
-        gone = [self._here.pop(version) for version in list(self._here) if version not in keep]
-        for loaded in gone:
+        for version in set(self._here) - keep:
+            loaded = self._here.pop(version)
             loaded.retired = True
             if not loaded.in_flight:
                 loaded.api.close()
-        if gone:
-            del gone, loaded
-            gc.collect()  # an API and its queries refer to each other, and mapped files stay mapped as long
 
     def _watch(self) -> None:
         polls = 0

@@ -102,16 +102,20 @@ class VersionStore:
         with self._locked():
             now = self.serving() or Serving(start)
             if version != now.live:
-                past = (*[name for name in now.previous if name != version], now.live)[-MAX_PREVIOUS:]
-                now = replace(now, live=version, previous=past)
+                now = replace(now, live=version, previous=(*now.previous, now.live)[-MAX_PREVIOUS:])
             if now.canary == version:
                 now = replace(now, canary="", share=0.0)
             return self._write(now)
 
-    def roll_back(self) -> Serving:
-        """Make the version live that was so before; one more call goes further back. Raises ArtifactError."""
+    def roll_back(self, live: str = "") -> Serving:
+        """Make the version live that was so before; one more call goes further back.
+
+        `live`: only if this version is live, so that asking twice goes back once. Raises ArtifactError.
+        """
         with self._locked():
             now = self.serving()
+            if live and (now is None or now.live != live):
+                raise ArtifactError(f"version {live} is not live{'' if now is None else f': {now.live} is'}")
             past = [name for name in now.previous if (self.root / name / MANIFEST).is_file()] if now else []
             if now is None or not past:
                 raise ArtifactError("there is no version to go back to")

@@ -61,7 +61,9 @@ def change(service: str, action: str, version: str, *, share: float | None, forc
     refusal: gate, figure and limit.
     """
     body: dict[str, Any] = {}
-    if action != "rollback":
+    if action == "rollback":
+        body["live"] = ask(service, "GET", "/v1/versions", token_file=token_file)["live"]
+    else:
         body["version"] = version
     if action in ("activate", "canary"):
         body |= {"force": force, "wait_seconds": _WAIT_SECONDS}
