@@ -25,6 +25,7 @@ from cluster.storage import checksum
 from embedding_service.artifact import MANIFEST, Artifact
 from embedding_service.gates import Figure, Gates, judge, to_document
 from embedding_service.http_artifact import check_servable
+from embedding_service.ragged import Ragged
 from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
 
 MEMORY_FACTOR = 4  # address space beyond what is there after the imports: so many times the artifacts' files
@@ -40,6 +41,8 @@ def admit(candidate: Path, live: Path | None, gates: Gates) -> list[Figure]:
     check_servable(artifact)
     for name in artifact.manifest["vectors"]:
         _check_vectors(artifact, name)
+    for name in artifact.manifest["indexes"]:
+        artifact.index(name).check_rows()
     retriever = Retriever(artifact, threads=1)
     _ask(retriever)
     return judge(retriever, None if live is None else Retriever(Artifact.open(live, verify=False), threads=1), gates)
@@ -69,8 +72,9 @@ def _ask(retriever: Retriever) -> None:
     few = [keys[row].as_py() for row in {0, len(keys) // 2, len(keys) - 1}]
     retriever.similar(few, 10)
     sessions = retriever.catalogue(RECOMMEND).keys[: len(few)].to_pylist()
-    found = retriever.recommend([sessions, sessions[:1], []], 10)
-    if not np.isfinite(found.scores[found.rows >= 0]).all():
+    retriever.recommend([sessions, sessions[:1], []], 10)
+    history = Ragged(np.arange(len(few)), np.array([0, 1, len(few)]))
+    if not np.isfinite(retriever.encode_rows(history, None, {})).all():
         raise ArtifactError(f"{retriever.artifact.path}: its query tower answers with nan or an infinity")
 
 
