@@ -315,6 +315,11 @@ class ExportSettings:
         0.95, "search parameters are raised until this recall of exact search", low=0.0, high=1.0
     )
     recall_k: int = setting(20, "k of that recall", low=1)
+    attributes: str = setting(
+        "",
+        "Parquet side table to filter answers by: `item`, and columns of strings, whole numbers or true / false",
+    )
+    cases: str = setting("", "Parquet of held-out sessions, `history` and `items`, published along for serve.gates")
 
 
 @dataclass(frozen=True)

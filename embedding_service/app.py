@@ -32,6 +32,7 @@ from embedding_service.http_ports import check_port, high_throughput_environment
 from embedding_service.http_schema import Limits
 from embedding_service.http_service import HttpService
 from embedding_service.live_versions import LiveVersions
+from embedding_service.overlay import Overlay
 from embedding_service.service_args import ServiceArgs, begin_with, checked_args, store_of
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ class Replica:
 
         def open_version(version: str, verify: bool) -> HttpApi:
             folder = store.folder(version) if store is not None else Path(settings.artifact)
-            return http_api(Artifact.open(folder, verify=verify), settings.limits(), threads=settings.threads)
+            overlay = Overlay(store.overlay_file(version) if store is not None else None)
+            artifact = Artifact.open(folder, verify=verify)
+            return http_api(artifact, settings.limits(), threads=settings.threads, overlay=overlay)
 
         versions = LiveVersions(settings.start, open_version, store, verify=settings.verify)
         gates = settings.gates.gates()

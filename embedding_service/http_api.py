@@ -46,6 +46,7 @@ from embedding_service.http_openapi import openapi
 from embedding_service.http_queries import KeyMap, Queries, Retrieval, Single, Work
 from embedding_service.http_schema import ARROW_TYPE, Catalogue, Limits, Problem, overloaded
 from embedding_service.http_turns import Turns
+from embedding_service.selective import SelectiveRetriever
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,11 @@ class HttpApi:
         *,
         limits: Limits = Limits(),  # noqa: B008 (frozen)
         threads: int = 1,
+        selective: SelectiveRetriever | None = None,
     ) -> None:
         """`items`, `users`: the key maps of the catalogue; `threads`: how many large requests are worked on at once."""
-        self._queries = queries = Queries(retriever, catalogue, items, users, limits=limits)
+        self._queries = queries = Queries(retriever, catalogue, items, users, limits=limits, selective=selective)
+        self.selective = selective
         self._retriever, self._items, self._limits = retriever, items, limits
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="retrieval")
         self._num_waiting = 0  # requests in threads, or on their way there
@@ -80,11 +83,13 @@ class HttpApi:
         self.document = openapi(catalogue, queries.models, limits)
         self._pages = _pages(catalogue, self.document, limits)
         self._gets = {"/v1/similar": queries.get_similar, "/v1/recommend": queries.get_recommend}
-        self._posts = {
+        self._posts: dict[str, Callable[[bytes], Work | Single]] = {
             "/v1/similar": queries.post_similar,
             "/v1/search": queries.post_search,
             "/v1/recommend": queries.post_recommend,
         }
+        if selective is not None:
+            self._posts["/v1/embed"] = queries.post_embed
         self._arrow_posts = {"/v1/search": queries.arrow_search}
 
     def warm_up(self) -> None:

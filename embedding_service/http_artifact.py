@@ -7,15 +7,28 @@ from typing import Any
 
 from cluster.errors import ArtifactError
 from embedding_service.artifact import Artifact
+from embedding_service.attributes import FILE as ATTRIBUTES
+from embedding_service.attributes import Attributes
 from embedding_service.http_api import HttpApi
 from embedding_service.http_schema import Catalogue, FeatureType, Limits
 from embedding_service.keys import Vocabulary
+from embedding_service.overlay import Overlay
 from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
+from embedding_service.selective import SelectiveRetriever
 from embedding_service.towers import TowerInput
 
 
-def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1) -> HttpApi:  # noqa: B008 (frozen)
-    """The ASGI application over `artifact`, warmed up. Raises ArtifactError for one that lacks an index or a tower."""
+def http_api(
+    artifact: Artifact,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    *,
+    threads: int = 1,
+    overlay: Overlay | None = None,
+) -> HttpApi:
+    """The ASGI application over `artifact` and the changes to its items, warmed up.
+
+    Raises ArtifactError for one that lacks an index or a tower, or whose attributes cannot be read.
+    """
     check_servable(artifact)
     manifest = artifact.manifest
 
@@ -46,7 +59,11 @@ def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1)
         features=features,
         details={"model": _model_kind(manifest["lineage"]), "figures": manifest["figures"]},
     )
-    api = HttpApi(Retriever(artifact, threads=threads), catalogue, items, users, limits=limits, threads=max(2, threads))
+    listed = ATTRIBUTES in manifest["files"]
+    attributes = Attributes.read(artifact.path / ATTRIBUTES, items) if listed else None
+    retriever = Retriever(artifact, threads=threads)
+    selective = SelectiveRetriever(retriever, overlay or Overlay(), attributes)
+    api = HttpApi(retriever, catalogue, items, users, limits=limits, threads=max(2, threads), selective=selective)
     api.warm_up()
     return api
 

@@ -6,6 +6,9 @@
     POST /v1/versions/canary      {"version", "share"}   the same for a share of the callers; a share of 0 ends it
     POST /v1/versions/rollback    {}                     the version before is live again
     POST /v1/versions/remove      {"version"}
+    GET  /v1/items                                       what was added to, and taken off, the live version
+    POST /v1/items                {"key", "like"}        an item without training: near others, or at a "vector"
+    POST /v1/items/delete         {"keys"}
     POST /v1/feedback             {"version", "request_id", "key"}
 
 An activation takes seconds to minutes: it is answered with 202, and `GET /v1/versions` tells how it goes on
@@ -20,6 +23,8 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from cluster.errors import ArtifactError, LexshardError
@@ -29,8 +34,9 @@ from embedding_service.http_access import Access
 from embedding_service.http_messages import Receive, Response, Scope, json_response, read_body
 from embedding_service.http_openapi import Operation
 from embedding_service.http_schema import Key, Problem, Strict, parse_body
-from embedding_service.live_versions import LiveVersions
+from embedding_service.live_versions import LiveVersions, Loaded
 from embedding_service.manifest import MAX_MANIFEST_BYTES, parse_manifest
+from embedding_service.selective import SelectiveRetriever
 from embedding_service.traffic import figures
 from embedding_service.versions import VersionStore
 
@@ -64,6 +70,17 @@ class RollBack(Strict):
     live: str = Field("", max_length=128, description="go back only if this version is live: asking twice is once")
 
 
+class NewItem(Strict):
+    key: Key
+    like: list[Key] = Field(default=[], max_length=1000, description="it is placed at the mean of these items")
+    vector: list[float] | None = Field(None, max_length=2**16, description="or here, as /v1/embed gives vectors")
+    attributes: dict[str, str | int | bool] = Field({}, max_length=100, description="or among those that share these")
+
+
+class Keys(Strict):
+    keys: list[Key] = Field(min_length=1, max_length=10_000)
+
+
 class Feedback(Strict):
     version: str = Field(max_length=128, description="as the answer had it")
     request_id: str = Field(min_length=1, max_length=200, description="the answer's header X-Request-ID")
@@ -83,6 +100,10 @@ OPERATIONS = (
               errors=_BODY | _TOKEN | _VERSION),
     Operation("POST", "/v1/versions/rollback", "go back to the version before", RollBack, True, errors=_BODY | _TOKEN),
     Operation("POST", "/v1/versions/remove", "remove a version", Remove, True, errors=_BODY | _TOKEN | _VERSION),
+    Operation("GET", "/v1/items", "items added to and taken off the live version", errors={"401": "without the token"}),
+    Operation("POST", "/v1/items", "add an item to the live version", NewItem, True, 201,
+              errors=_BODY | _TOKEN | {"404": "an item that it is like is unknown"}),
+    Operation("POST", "/v1/items/delete", "take items off the live version", Keys, True, errors=_BODY | _TOKEN),
     Operation("POST", "/v1/feedback", "a click on what was answered", Feedback, status=204, answer="counted",
               errors=_BODY | _VERSION | {"401": "without the token"}),
 )  # fmt: skip
@@ -102,8 +123,9 @@ class Management:
     ) -> None:
         self._versions, self._store, self._access, self._gates = versions, store, access, gates
         self._admit_seconds = admit_seconds
-        handlers = [
-            self._list, self._publish, self._activate, self._canary, self._roll_back, self._remove, self._feedback
+        handlers: list[Handler] = [
+            self._list, self._publish, self._activate, self._canary, self._roll_back, self._remove,
+            self._items, self._add_item, self._delete_items, self._feedback,
         ]  # fmt: skip
         self._routes: dict[str, dict[str, tuple[Operation, Handler]]] = {}
         for operation, handler in zip(OPERATIONS, handlers, strict=True):
@@ -152,6 +174,33 @@ class Management:
         asked = parse_body(Remove, body)
         await _file_work(self._required_store().remove, asked.version)
         return json_response({"removed": asked.version})
+
+    async def _items(self, _: bytes) -> Response:
+        loaded = self._versions.now.live
+        changes = _selective(loaded).overlay.now
+        added = [{"key": one.key, "attributes": dict(one.attributes)} for one in changes.added]
+        deleted = sorted(changes.deleted, key=str)
+        told = {"added": added, "num_deleted": len(deleted), "deleted": deleted[:1000]}
+        return json_response({"version": loaded.version, **told})
+
+    async def _add_item(self, body: bytes) -> Response:
+        asked, loaded = parse_body(NewItem, body), self._versions.now.live
+        selective = _selective(loaded)
+        vector = None if asked.vector is None else _query_vector(asked.vector)
+        new = await asyncio.to_thread(
+            selective.place, asked.key, like=asked.like, vector=vector, attributes=asked.attributes
+        )
+        changes = await asyncio.to_thread(selective.overlay.add, [new])
+        return json_response({"version": loaded.version, "num_added": len(changes.added)}, 201)
+
+    async def _delete_items(self, body: bytes) -> Response:
+        asked, loaded = parse_body(Keys, body), self._versions.now.live
+        selective = _selective(loaded)
+        unknown = [key for key in asked.keys if not selective.has(key)]
+        known = [key for key in asked.keys if selective.has(key)]
+        changes = await asyncio.to_thread(selective.overlay.delete, known)
+        told = {"num_deleted": len(changes.deleted), "num_added": len(changes.added), "unknown": unknown}
+        return json_response({"version": loaded.version, **told})
 
     async def _feedback(self, body: bytes) -> Response:
         asked = parse_body(Feedback, body)
@@ -209,14 +258,16 @@ class Management:
             failed = [str(figure) for figure in measured if not figure.passed]
             if failed and not asked.force:
                 raise ArtifactError("; ".join(failed) + "; it can be forced")
-            self._versions.preload(asked.version, verify=known)
+            former = _selective(self._versions.now.live).overlay.now
+            loaded = self._versions.preload(asked.version, verify=known)
+            lost = _selective(loaded).lost(former) if share is None else {}
             if share is None:
                 store.activate(asked.version, start=self._versions.start)
             else:
                 store.set_canary(asked.version, share, start=self._versions.start)
             self._versions.refresh()
             ended = "live" if share is None else "canary"
-            self._note(asked.version, ended, forced=failed, figures=to_document(measured))
+            self._note(asked.version, ended, forced=failed, figures=to_document(measured), **lost)
         except (LexshardError, OSError, MemoryError) as error:
             self._note(asked.version, "refused", reason=str(error) or type(error).__name__)
         except Exception as error:  # a bug of ours must not leave it "checking" for ever
@@ -286,6 +337,19 @@ class Management:
             message = "this service was started on the folder of one version; start it on the folder above it"
             raise Problem(409, "fixed_version", message)
         return self._store
+
+
+def _selective(loaded: Loaded) -> SelectiveRetriever:
+    assert loaded.api.selective is not None
+    return loaded.api.selective
+
+
+def _query_vector(values: list[float]) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        vector = np.array(values, np.float32)
+    if not np.isfinite(vector).all():
+        raise Problem(400, "invalid_request", "`vector` holds nan, an infinity or what a float32 does not hold")
+    return vector
 
 
 async def _file_work(work: Callable[..., Any], *arguments: Any) -> Any:

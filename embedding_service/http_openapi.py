@@ -23,6 +23,7 @@ from embedding_service.http_schema import (
     RequestModels,
     SearchBatch,
     SimilarBatch,
+    Vectors,
     Version,
 )
 
@@ -86,6 +87,8 @@ def openapi(catalogue: Catalogue, models: RequestModels, limits: Limits) -> dict
         "/v1/version": {"get": get("what is served", Version, [])},
         "/v1/health": {"get": get("200 while the service answers", Health, [])},
     }
+    if models.embed is not None:
+        paths["/v1/embed"] = {"post": post("vectors of items or sessions", models.embed, {"keys": [one_item]}, Vectors)}
     info = {
         "title": "lexshard",
         "version": catalogue.version,
@@ -135,7 +138,7 @@ def _operation(schema: Callable[..., dict[str, Any]], method: str) -> Callable[.
 
     def post(summary: str, pair: Pair, example: Any, *answers: type[BaseModel]) -> dict[str, Any]:
         errors = {"400": "the body is wrong", "413": "the body or the batch is larger than the limit"}
-        if "keys" in pair.plurals:
+        if "keys" in pair.plurals and "key" in pair.single.model_fields:
             errors["404"] = "the one `key` is not in the vocabulary"
         content = {"application/json": {"schema": schema(pair.single, pair.batch), "example": example}}
         return {

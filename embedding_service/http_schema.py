@@ -81,12 +81,30 @@ class Item(BaseModel):
     score: float = Field(description="inner product or cosine, as the artifact's index has it; higher is closer")
 
 
+class Pull(BaseModel):
+    key: Key = Field(description="an item of the session")
+    contribution: float = Field(description="by how much the score would fall without it")
+
+
+class ExplainedItem(Item):
+    because: list[Pull] | None = Field(
+        None, description="with `explain`: what of the session pulled it, strongest first"
+    )
+
+
+class Vectors(BaseModel):
+    version: str
+    vectors: list[list[float] | None] = Field(description="one per key, null for an unknown one, or one per session")
+
+
 class Answer(BaseModel):
     version: str = Field(description="version of the artifact that answered")
     items: list[Item] = Field(description="best first; fewer than k only where the catalogue has no more")
 
 
-class Recommendation(Answer):
+class Recommendation(BaseModel):
+    version: str = Field(description="version of the artifact that answered")
+    items: list[ExplainedItem] = Field(description="best first; fewer than k only where no more are allowed")
     cold_start: bool = Field(description="nothing in the request is known: these are the most frequent items")
     unknown: list[Key] = Field(description="items of the session that are not in the vocabulary; they were ignored")
     unknown_user: bool = Field(description="a user was given who is not in the vocabulary, and was ignored")
@@ -148,12 +166,17 @@ class Error(BaseModel):
 class RequestModels:
     """Checks the JSON bodies of one service. Each endpoint takes one of two models: a single query, or a batch."""
 
-    def __init__(self, catalogue: Catalogue, limits: Limits) -> None:
+    def __init__(self, catalogue: Catalogue, limits: Limits, *, wishes: bool = False) -> None:
+        """`wishes`: whether filters, diversity and explanations may be asked for, and vectors (`embed`)."""
         self._limits = limits
         key = _key(catalogue.key_type)
         options: dict[str, Any] = {
             "k": (Annotated[int, Field(ge=1, le=limits.max_k, description="how many items")], 10)
         }
+        if wishes:
+            options["filter"] = (_filter(key, limits) | None, Field(None, description="which items may be shown"))
+            about = "0: by score alone; towards 1: the less alike the better (maximal marginal relevance)"
+            options["diversity"] = (float, Field(0.0, ge=0.0, le=1.0, description=about))
         vector = _vector(catalogue.dim)
         self.similar = Pair(
             _model("Similar", key=(key, ...), **options),
@@ -169,6 +192,11 @@ class RequestModels:
         ]
         options["exclude_seen"] = (bool, Field(True, description="leave out the items of the session"))
         one: dict[str, Any] = {"session": (session, ())}
+        self.embed: Pair | None = None
+        if wishes:
+            one["explain"] = (bool, Field(False, description="tell which items of the session pulled each item"))
+            items, sessions = {"keys": (self._batch(key), ...)}, {"sessions": (self._batch(session), ...)}
+            self.embed = Pair(_model("EmbedItems", **items), _model("EmbedSessions", **sessions))
         many: dict[str, Any] = {"sessions": (self._batch(session), ...)}
         if catalogue.user_type is not None:
             user = _key(catalogue.user_type) | None
@@ -245,6 +273,19 @@ def _key(key_type: KeyType) -> Any:
     if key_type == "string":
         return str
     return Annotated[int, Field(ge=-(2**63), le=2**63 - 1, json_schema_extra={"format": "int64"})]
+
+
+def _filter(key: Any, limits: Limits) -> type[BaseModel]:
+    many = Annotated[list[key], Field(max_length=limits.max_batch, fail_fast=True)]
+    value = Annotated[str, Field(max_length=1000)] | int | bool
+    values = value | Annotated[list[value], Field(max_length=1000, fail_fast=True)]
+    where = Annotated[dict[str, values], Field(max_length=16)]
+    fields: dict[str, Any] = {
+        "allow": (many | None, Field(None, description="these alone")),
+        "deny": (many, Field((), description="none of these")),
+        "where": (where, Field({}, description="attribute: its value, or a list of values of which it is one")),
+    }
+    return _model("Filter", **fields)
 
 
 def _feature(asked: FeatureType, limits: Limits) -> Any:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.errors import LexshardError
+from cluster.errors import ArtifactError, LexshardError
 from embedding_service.http_api import HttpApi
 from embedding_service.traffic import Tally
 from embedding_service.versions import Serving, VersionStore
@@ -91,10 +91,10 @@ class LiveVersions:
             self.refresh()
             self._thread.start()
 
-    def preload(self, version: str, *, verify: bool) -> None:
+    def preload(self, version: str, *, verify: bool) -> Loaded:
         """Have a version in memory, for a flip that follows. Raises ArtifactError if it does not load."""
         with self._loading:
-            self._load(version, verify=verify)
+            return self._load(version, verify=verify)
 
     def refresh(self) -> None:
         """Go where the state is. Problems are noted and logged, and what was served stays."""
@@ -112,6 +112,17 @@ class LiveVersions:
                 self.problem = str(error) or type(error).__name__
                 return
             self._retire(keep={state.live, state.canary, *state.previous[-1:]})
+
+    def refresh_overlays(self) -> None:
+        """Read what other processes have written; a damaged file is noted, and what was read before stays."""
+        for loaded in list(self._here.values()):
+            try:
+                if loaded.api.selective is not None:
+                    loaded.api.selective.overlay.refresh()
+            except ArtifactError as error:
+                if str(error) != self.problem:
+                    logger.error("%s", error)
+                self.problem = str(error)
 
     def all_counts(self) -> dict[str, list[dict[str, Any]]]:
         """Per version the tallies' counts of all processes, this one's as of now."""
@@ -160,6 +171,7 @@ class LiveVersions:
             if polls % _POLLS_TO_KEEP == 0:
                 self._keep_counts()
             stamp = self._store.stamp()
+            self.refresh_overlays()
             if stamp != self._stamp or (self.problem and polls % _POLLS_TO_RETRY == 0):
                 self._stamp = stamp
                 self.refresh()

@@ -173,7 +173,8 @@ class VersionStore:
                 raise ArtifactError(f"version {version} is served: activate another one first")
             self._write(replace(now, previous=tuple(name for name in now.previous if name != version)))
             remove_folder(folder)
-        (self._folder / "verdicts" / f"{version}.json").unlink(missing_ok=True)
+        for kept in ("verdicts", "overlay"):
+            (self._folder / kept / f"{version}.json").unlink(missing_ok=True)
 
     def verdict(self, version: str) -> dict[str, Any] | None:
         """What was kept with `keep_verdict`."""
@@ -182,6 +183,10 @@ class VersionStore:
     def keep_verdict(self, version: str, verdict: Mapping[str, Any]) -> None:
         (self._folder / "verdicts").mkdir(parents=True, exist_ok=True)
         write_json(self._folder / "verdicts" / f"{version}.json", verdict)
+
+    def overlay_file(self, version: str) -> Path:
+        """Where the items are kept that were added to, or taken off, a version (see `overlay`)."""
+        return self._folder / "overlay" / f"{version}.json"
 
     def keep_counts(self, process: str, counts: Mapping[str, Any]) -> None:
         """The traffic that a process has seen, per version; replaces what it has said before."""

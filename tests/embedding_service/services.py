@@ -14,6 +14,7 @@ from embedding_service.http_management import Management
 from embedding_service.http_schema import Limits
 from embedding_service.http_service import HttpService
 from embedding_service.live_versions import LiveVersions
+from embedding_service.overlay import Overlay
 from embedding_service.versions import VersionStore
 from tests.embedding_service.test_http_api import Reply, ask
 
@@ -31,7 +32,8 @@ class LocalService:
 
     def restart(self) -> None:
         def open_version(version: str, verify: bool) -> HttpApi:
-            return http_api(Artifact.open(self.store.folder(version), verify=verify), LIMITS)
+            artifact = Artifact.open(self.store.folder(version), verify=verify)
+            return http_api(artifact, LIMITS, overlay=Overlay(self.store.overlay_file(version)))
 
         self.versions = LiveVersions(self._start, open_version, self.store)
         self.management = Management(self.versions, self.store, self._access, self._gates, admit_seconds=60.0)
