@@ -3,11 +3,13 @@
     GET  /v1/similar?key=&k=                                POST /v1/similar    {"key"} or {"keys"}
                                                             POST /v1/search     {"vector"} or {"vectors"} or Arrow
     GET  /v1/recommend?items=&items=&user=&exclude_seen=    POST /v1/recommend  {"session"} or {"sessions"}
+                                                            POST /v1/embed      {"keys"} or {"sessions"}
     GET  /v1/version, /v1/health, /openapi.json, /docs
 
 A single query is answered with {"version", "items": [{"key", "score"}]}, a batch with {"version", "results": []}: one
 such answer per query, and an Arrow stream with an Arrow stream (`http_arrow`). The client's mistakes are answered with
-4xx and {"error": {"code", "message"}}.
+4xx and {"error": {"code", "message", "request_id"}}. POST bodies may also wish for a "filter", "diversity" and, of
+`recommend`, to "explain" (`selective`).
 
 At thousands of requests per second routing and JSON are the cost: a route is one dictionary look-up, and a single
 query is answered right on the event loop, together with those that wait beside it (`http_turns`). What takes longer
