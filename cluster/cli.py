@@ -270,17 +270,48 @@ def _serve(args: Arguments) -> int:
     folder = _artifact_folder(args.path)
     run_config = Path(args.path) / "config.toml"
     settings = load_config(run_config if run_config.exists() else None, [*args.set, *overrides]).serve
+    import dataclasses
+
     from embedding_service.app import serve_artifact
     from embedding_service.http_schema import Limits
 
     limits = Limits(max_k=settings.max_k, max_batch=settings.max_batch, max_body_bytes=settings.max_body_bytes)
-    service = serve_artifact(folder, host=settings.host, port=settings.port, replicas=settings.replicas, limits=limits)
+    gates = dataclasses.asdict(settings.gates)
+    gates["cases"] = str(Path(gates["cases"]).absolute()) if gates["cases"] else ""
+    service = serve_artifact(
+        folder,
+        host=settings.host,
+        port=settings.port,
+        replicas=settings.replicas,
+        limits=limits,
+        token_file=settings.token_file,
+        read_token_file=settings.read_token_file,
+        gates=gates,
+    )
     with service:
         print(
             f"serving {args.path} at {service.address} (documentation: {service.address}/docs); Ctrl-C stops",
             flush=True,
         )
         service.wait()
+    return 0
+
+
+def _versions(args: Arguments) -> int:
+    from embedding_service.versions_client import change, listing, publish
+
+    if args.action in ("publish", "activate", "canary", "remove") and not (args.name or args.share == 0):
+        raise SettingError("VERSION", f"is needed: lexshard versions {args.where} {args.action} ...")
+    if args.action == "list":
+        told, lines = listing(args.where, token_file=args.token_file)
+    elif args.action == "publish":
+        told, lines = publish(args.where, args.name, token_file=args.token_file)
+    else:
+        share = args.share if args.action == "canary" else None
+        told, lines = change(
+            args.where, args.action, args.name, share=share, force=args.force, token_file=args.token_file
+        )
+    print(json.dumps(told) if args.json else "\n".join(lines))
     return 0
 
 
@@ -485,6 +516,7 @@ _COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "submit": _submit,
     "serve": _serve,
     "query": _query,
+    "versions": _versions,
     "demo": _demo,
 }
 

@@ -371,6 +371,29 @@ class ExportSettings:
         0.95, "search parameters are raised until this recall of exact search", low=0.0, high=1.0
     )
     recall_k: int = setting(20, "k of that recall", low=1)
+    attributes: str = setting(
+        "",
+        "Parquet side table to filter answers by: `item`, and columns of strings, whole numbers or true / false",
+    )
+    cases: str = setting("", "Parquet of held-out sessions, `history` and `items`, published along for serve.gates")
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What a version must show before it goes live while the service runs; a limit of 0 lets everything pass."""
+
+    min_ann_recall: float = setting(0.9, "least recall of its indexes against exact search", low=0.0, high=1.0)
+    min_recall_ratio: float = setting(0.95, "least catalogue recall on `cases`, as a share of the live one's", low=0.0)
+    min_coverage: float = setting(0.8, "least share of the live version's keys that it has", low=0.0, high=1.0)
+    min_alignment: float = setting(
+        0.0, "least mean cosine of shared items with the live version after orthogonal alignment", low=0.0, high=1.0
+    )
+    min_overlap: float = setting(0.02, "least share of neighbours that shared items keep", low=0.0, high=1.0)
+    cases: str = setting("", "Parquet of held-out sessions, `history` and `items`; empty: the version's cases.parquet")
+    recall_k: int = setting(20, "recall@k of min_recall_ratio", low=1, high=1000)
+    overlap_k: int = setting(10, "neighbours of min_overlap", low=1, high=1000)
+    sample: int = setting(1000, "shared items that alignment and overlap are measured on", low=1, high=100_000)
+    max_cases: int = setting(5000, "held-out sessions that are asked at most, evenly spread", low=1)
 
 
 @dataclass(frozen=True)
@@ -383,6 +406,11 @@ class ServeSettings:
     max_k: int = setting(1000, "largest k a request may ask for", low=1)
     max_batch: int = setting(10_000, "most queries in one request", low=1)
     max_body_bytes: int = setting(32 * 2**20, "largest request body", low=1024)
+    token_file: str = setting("", "file with the token that changes ask for; empty: the environment's LEXSHARD_TOKEN")
+    read_token_file: str = setting(
+        "", "file with the token that questions ask for; empty: LEXSHARD_READ_TOKEN, and without it they are open"
+    )
+    gates: GateSettings = GateSettings()
 
 
 @dataclass(frozen=True)

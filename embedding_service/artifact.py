@@ -6,6 +6,7 @@
                      vectors/<name>.npy            fp32, fp16 or int8 [rows, dim]; int8 also <name>.scale.npy [rows]
                      indexes/<name>.faiss          FAISS index, and its settings in <name>.faiss.json
                      query_tower.safetensors       weights of the query tower (its description is in the manifest)
+                     attributes.parquet, cases.parquet    side files, if there are any
 
 A version appears by one rename, complete, or not at all. What a killed writer leaves is a folder `.tmp-*` that the
 next writer on the same root removes.
@@ -36,6 +37,7 @@ from cluster.errors import ArtifactError
 from cluster.storage import checksum, publish_folder, remove_folder, sync_folder, write_atomic, write_json
 from embedding_service import manifest as schema
 from embedding_service.exact import Metric
+from embedding_service.faiss_header import check_index_file
 from embedding_service.hashed_keys import HashedKeys, KeyMap
 from embedding_service.index import VectorIndex
 from embedding_service.keys import Vocabulary
@@ -49,6 +51,7 @@ from embedding_service.vectors import VectorSet, VectorSink
 
 MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
+SIDE_FILES = ("attributes.parquet", "cases.parquet")  # see `attributes` and `gates`
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,127}")
 
 
@@ -143,6 +146,8 @@ class Artifact:
     def index(self, name: str) -> VectorIndex:
         """The index `name`. Raises ArtifactError if there is none or it misfits."""
         entry = self._entry("index", self._manifest.indexes, name)
+        width = entry.dim + (entry.arrangement == "augmented")
+        check_index_file(self.path / entry.file, rows=entry.rows, width=width)
         index = VectorIndex.load(self.path / entry.file)
         found = (index.rows, index.dim, index.metric, index.arrangement, index.parameters)
         if found != (entry.rows, entry.dim, entry.metric, entry.arrangement, entry.parameters):
@@ -262,6 +267,17 @@ class ArtifactWriter:
         file = "query_tower.safetensors"
         save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, self.folder / file)
         self._tower = {"spec": json.loads(json.dumps(spec.to_dict())), "file": file}
+
+    def add_file(self, name: str, source: str | Path) -> None:
+        """Take a side file along: the attributes that filters ask for, or the held-out sessions of the gates.
+
+        Raises ArtifactError for another name and a file that is not there.
+        """
+        if name not in SIDE_FILES:
+            raise ArtifactError(f"side file {name!r}: an artifact takes {' and '.join(SIDE_FILES)}")
+        if not Path(source).is_file():
+            raise ArtifactError(f"{source}: there is no such file to publish as {name}")
+        shutil.copyfile(source, self.folder / name)
 
     def add_index(
         self,

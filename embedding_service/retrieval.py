@@ -119,15 +119,44 @@ class Retriever:
         answered with the most frequent items. `exclude_seen` leaves out the session's items.
         """
         _, catalogue = self._part(RECOMMEND)
-        encoder = self._required_encoder()
         _check_batch(len(sessions), k)
-        given = {**(features or {}), **({} if users is None else {"user": users})}
-        single = encoder.rows_of_single(given, len(sessions))
-        lengths = np.array([len(session) for session in sessions], np.int64)
-        flat = [key for session in sessions for key in session]
-        history = Ragged(catalogue.rows(flat) if flat else np.empty(0, np.int64), offsets_of(lengths))
+        history, single = self._asked(catalogue, sessions, users, features)
         scores, rows, cold = self._recommend(history, single, k, history if exclude_seen else None)
         return self._results(catalogue, scores, rows, cold)
+
+    def encode(
+        self,
+        sessions: Sequence[Sequence[Key]],
+        *,
+        users: Sequence[Key | None] | None = None,
+        features: Mapping[str, Sequence[Any]] | None = None,
+    ) -> tuple[Ragged, Float32, npt.NDArray[np.bool_]]:
+        """The sessions of `recommend` as rows, as query vectors float32 [n, dim], and which say nothing known, [n]."""
+        _, catalogue = self._part(RECOMMEND)
+        history, single = self._asked(catalogue, sessions, users, features)
+        encoder = self._required_encoder()
+        return history, encoder.encode(history, single), ~encoder.knows(history, single)
+
+    def _asked(
+        self,
+        catalogue: Vocabulary,
+        sessions: Sequence[Sequence[Key]],
+        users: Sequence[Key | None] | None,
+        features: Mapping[str, Sequence[Any]] | None,
+    ) -> tuple[Ragged, dict[str, Given]]:
+        given = {**(features or {}), **({} if users is None else {"user": users})}
+        single = self._required_encoder().rows_of_single(given, len(sessions))
+        lengths = np.array([len(session) for session in sessions], np.int64)
+        flat = [key for session in sessions for key in session]
+        return Ragged(catalogue.rows(flat) if flat else np.empty(0, np.int64), offsets_of(lengths)), single
+
+    def candidates(self, index: str) -> Candidates:
+        """What the index `index` chooses from. Raises ArtifactError if there is none."""
+        return self._part(index)[0]
+
+    def catalogue(self, index: str) -> Vocabulary:
+        """The keys of the index's rows. Raises ArtifactError if there is none."""
+        return self._part(index)[1]
 
     def encode_rows(self, history: Ragged, users: Int64 | None, features: Mapping[str, Given]) -> Float32:
         """Query vectors float32 [n, dim] of n histories of item rows (oldest first), users [n] by row and features as

@@ -75,6 +75,9 @@ def _export(settings: dict[str, Any]) -> str:
                 queries=_tuning_queries(config, prepared, model) if index == "recommend" else None,
                 seed=config.train.seed,
             )
+        for name, source in (("attributes.parquet", config.export.attributes), ("cases.parquet", config.export.cases)):
+            if source:
+                writer.add_file(name, source)
         return str(writer.publish(lineage=lineage, figures=_figures(config)))
 
 

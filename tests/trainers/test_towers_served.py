@@ -15,8 +15,8 @@ import torch
 
 from cluster.config import Config, load_config
 from cluster.rank import current_rank, process_group
-from embedding_service.app import http_api
 from embedding_service.artifact import Artifact
+from embedding_service.http_artifact import http_api
 from embedding_service.ragged import Ragged, take_values
 from embedding_service.retrieval import Retriever
 from embedding_service.towers import Given, InputRows, weighted
