@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,12 +36,12 @@ from cluster.errors import ArtifactError
 from cluster.storage import checksum, publish_folder, remove_folder, sync_folder, write_atomic, write_json
 from embedding_service import manifest as schema
 from embedding_service.exact import Metric
-from embedding_service.index import VectorIndex
+from embedding_service.index import Device, VectorIndex
 from embedding_service.keys import Vocabulary
 from embedding_service.manifest import Manifest, parse_manifest, tower_spec
 from embedding_service.quantize import Precision
 from embedding_service.towers import Tower, TowerSpec
-from embedding_service.tuning import tuned_index
+from embedding_service.tuning import Queries, tuned_index
 from embedding_service.vectors import VectorSet, VectorSink
 
 MANIFEST = "manifest.json"
@@ -216,18 +216,26 @@ class ArtifactWriter:
         factory: str = "auto",
         recall_target: float,
         recall_k: int,
-        queries: np.ndarray | None = None,
+        queries: Queries | np.ndarray | None = None,
+        query_rows: tuple[np.ndarray, str] | None = None,
         seed: int = 0,
+        device: Device = "auto",
+        memory_bytes: int = 0,
+        on_progress: Callable[[str, float], None] = lambda text, share: None,
     ) -> dict[str, Any]:
         """Build, tune and write the index `name` over the vector set `vectors` as stored; returns its manifest record.
 
-        Only rows of keys are candidates, never the unknown row. See `embedding_service.tuning.tuned_index`.
+        Only rows of keys are candidates, never the unknown row. It is tuned on `queries`, or on the stored vectors of
+        `query_rows` (int64 [m], and where these come from: see `RecallEntry`), which ask for their neighbours; without
+        either on stored vectors drawn at random. See `embedding_service.tuning.tuned_index`.
         """
         self._check_new("index", self._indexes, name)
         if vectors not in self._sinks:
             raise ArtifactError(f"index {name!r}: add vector set {vectors!r} first")
         self._sinks[vectors].close()
         source = self._stored(vectors).head(len(self._vocabularies[self._vectors[vectors]["keys"]].keys))
+        if query_rows is not None:
+            queries = Queries.of_rows(source, *query_rows)
         index, measured = tuned_index(
             source,
             metric=metric,
@@ -237,6 +245,9 @@ class ArtifactWriter:
             queries=queries,
             seed=seed,
             threads=self._threads,
+            device=device,
+            memory_bytes=memory_bytes,
+            on_progress=on_progress,
         )
         file = f"indexes/{name}.faiss"
         index.save(self.folder / file)
