@@ -408,7 +408,7 @@ def _to_device(index: Any, device: Device, factory: str) -> tuple[Any, Any]:
         if device == "gpu":
             raise SettingError(
                 "export.index_device",
-                f"gpu, but FAISS has no GPU form of {factory}: name Flat or IVF with Flat, SQ, PQ",
+                f"gpu, but FAISS has no GPU form of {factory}; it has Flat, and IVF of Flat, SQ, PQ",
             )
         _log.info("index %s stays on the CPU: FAISS has no GPU form of it", factory)
         return index, None

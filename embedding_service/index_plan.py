@@ -18,7 +18,7 @@ from cluster.errors import SettingError
 
 ROWS_PER_CENTROID = (39, 256)  # FAISS's advice for k-means: fewer give poor centroids, more are not used
 LISTS_PER_SQRT = (4, 16)  # FAISS's advice: 4 sqrt(rows) to 16 sqrt(rows) lists
-HNSW_RATE = 9e6  # of efConstruction 80; this and the next two on one core of the reference machine
+HNSW_RATE = 1.5e7  # of efConstruction 80; this and the next two on one core of the reference machine
 FLOP_RATE = 4e10
 PQ_RATE = 1e9
 
@@ -120,7 +120,7 @@ def estimate(factory: str, rows: int, dim: int, threads: int = 1) -> Estimate | 
     refined = factory.partition(",R")[0]
     lists = 0
     if match := re.fullmatch(_GRAPH, refined):
-        seconds = rows * max(rows, 2).bit_length() * (dim + 64) / HNSW_RATE / 64 / threads
+        seconds = rows * max(rows, 2).bit_length() * (dim + 64) / HNSW_RATE / threads
     if match := re.fullmatch(_LISTS, refined):
         lists = int(match[1])
         sample = min(rows, ROWS_PER_CENTROID[1] * lists)

@@ -35,6 +35,7 @@ import numpy as np
 from cluster.config import load_config
 from embedding_service.artifact import Artifact
 from embedding_service.candidates import Candidates
+from embedding_service.exact import unit_length
 from embedding_service.index import VectorIndex
 from embedding_service.quantize import encode
 from embedding_service.tuning import Queries, RecallTest, tuned_index
@@ -53,7 +54,7 @@ ROUNDS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="100 k rows")
-    parser.add_argument("--cache", default="", metavar="FOLDER", help="keeps what has been built")
+    parser.add_argument("--cache", default="", metavar="PATH", help="keeps what has been built")
     parser.add_argument("--kinds", default="", metavar="FACTORY;...", help="only these; no last line")
     parser.add_argument("--gowalla-run", default="", metavar="FOLDER", help="a run of the recipe, trained if missing")
     args = parser.parse_args()
@@ -88,12 +89,12 @@ class Catalogue:
 
     def __init__(self, rows: int) -> None:
         self._rng = np.random.default_rng(0)
-        self._centres = self._rng.standard_normal((rows // 100, DIM), dtype=np.float32)
+        self._centres = self._rng.standard_normal((rows // 1000, DIM), dtype=np.float32)
         weights = self._rng.lognormal(0, 1, len(self._centres))
         self._share = weights / weights.sum()
-        self._spread = np.float32(1.2) / np.sqrt(1 + np.arange(DIM, dtype=np.float32) / 8)
+        self._spread = np.float32(1.5) / np.sqrt(1 + np.arange(DIM, dtype=np.float32) / 32)
         owners = self._rng.choice(len(self._centres), rows, p=self._share)
-        vectors = self._draw(owners) * self._rng.lognormal(0, 0.2, (rows, 1)).astype(np.float32)
+        vectors = unit_length(self._draw(owners)) * self._rng.lognormal(0, 0.05, (rows, 1)).astype(np.float32)
         self.vectors = VectorSet(*encode(vectors, "fp16"), "fp16")
         self.tuning = self._queries()
         self.test = RecallTest(self.vectors, "ip", K, Queries(self._queries()), os.cpu_count() or 1)
