@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -180,6 +180,30 @@ def _cluster(address: str, *, num_cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def ray_tasks(
+    fn: Any, settings: Json, tasks: Sequence[Json], *, address: str, threads: int
+) -> Iterator[tuple[int, Json]]:
+    """`cluster.tasks.run_tasks` on Ray; see there."""
+    with _cluster(address, num_cpus=max(1, threads)):
+        remote: Any = ray.remote(num_cpus=1, max_retries=3)(fn)
+        shared = ray.put(settings)
+        running = {remote.remote(shared, task): i for i, task in enumerate(tasks)}
+        try:
+            while running:
+                done, _ = ray.wait(list(running))
+                for reference in done:
+                    yield running.pop(reference), ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, LexshardError):
+                raise error.cause from None
+            raise LaunchError(f"a task failed: {_first_line(error.cause)}") from error
+        except RayError as error:
+            raise LaunchError(f"a task's worker died too often: {_first_line(error)}") from error
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
 
 
 def _check_reachable(address: str) -> None:

@@ -222,17 +222,25 @@ class ArtifactWriter:
         device: Device = "auto",
         memory_bytes: int = 0,
         on_progress: Callable[[str, float], None] = lambda text, share: None,
+        keep: Path | None = None,
     ) -> dict[str, Any]:
         """Build, tune and write the index `name` over the vector set `vectors` as stored; returns its manifest record.
 
         Only rows of keys are candidates, never the unknown row. It is tuned on `queries`, or on the stored vectors of
         `query_rows` (int64 [m], and where these come from: see `RecallEntry`), which ask for their neighbours; without
         either on stored vectors drawn at random. See `embedding_service.tuning.tuned_index`.
+
+        keep: a folder on the same disk where the finished index is kept as well, and taken from, if it is there and
+        its checksums are right, in place of building it.
         """
         self._check_new("index", self._indexes, name)
         if vectors not in self._sinks:
             raise ArtifactError(f"index {name!r}: add vector set {vectors!r} first")
         self._sinks[vectors].close()
+        file = f"indexes/{name}.faiss"
+        if keep is not None and (kept := _take_kept(keep, self.folder, file)) is not None:
+            self._indexes[name] = kept
+            return dict(kept)
         source = self._stored(vectors).head(len(self._vocabularies[self._vectors[vectors]["keys"]].keys))
         if query_rows is not None:
             queries = Queries.of_rows(source, *query_rows)
@@ -249,7 +257,6 @@ class ArtifactWriter:
             memory_bytes=memory_bytes,
             on_progress=on_progress,
         )
-        file = f"indexes/{name}.faiss"
         index.save(self.folder / file)
         self._indexes[name] = {
             "file": file,
@@ -264,6 +271,8 @@ class ArtifactWriter:
             "bytes": (self.folder / file).stat().st_size,
             **measured,
         }
+        if keep is not None:
+            _keep(keep, self.folder, file, self._indexes[name])
         return dict(self._indexes[name])
 
     def publish(self, *, lineage: Mapping[str, Any], figures: Mapping[str, Any]) -> Path:
@@ -347,6 +356,31 @@ class ArtifactWriter:
         if self._lease is not None:
             os.close(self._lease)
             self._lease = None
+
+
+def _keep(keep: Path, folder: Path, file: str, record: Mapping[str, Any]) -> None:
+    """Link the index `file` of a version's folder and its settings into `keep`, then write its record there."""
+    sums = {}
+    for part in (file, f"{file}.json"):
+        kept = keep / Path(part).name
+        kept.unlink(missing_ok=True)
+        os.link(folder / part, kept)
+        sums[kept.name] = checksum(kept)
+    write_json(keep / f"{Path(file).name}.record.json", {"record": dict(record), "sha256": sums})
+
+
+def _take_kept(keep: Path, folder: Path, file: str) -> dict[str, Any] | None:
+    """The record of what `_keep` has kept, its files linked into `folder`; None if there is nothing or it is damaged."""
+    try:
+        noted = json.loads((keep / f"{Path(file).name}.record.json").read_bytes())
+        if any(checksum(keep / name) != noted["sha256"][name] for name in (Path(file).name, f"{Path(file).name}.json")):
+            return None
+        record: dict[str, Any] = noted["record"]
+        for part in (file, f"{file}.json"):
+            os.link(keep / Path(part).name, folder / part)
+        return record
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _version_folder(path: Path) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -247,3 +247,8 @@ class ShardedTables:
 
     def _path(self, name: str) -> str:
         return f"by_dim.{self.specs[name].dim}.embeddings.{_t(name)}.weight"
+
+
+MakeTables = Callable[
+    ..., ShardedTables
+]  # or what is like it: of `ShardedTables`' arguments: tables with its `specs`, `route` and `lookup`

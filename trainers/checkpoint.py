@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -299,6 +300,21 @@ def _load(model: Model, folder: Path) -> None:
             storage_reader=_JsonReader(folder),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         )
+    except (CheckpointException, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {folder} does not fit the model: {error}") from None
+
+
+def load_dense(model: Model, folder: Path) -> None:
+    """Read the towers' weights of the checkpoint in `folder`, and nothing else; no process group is needed.
+
+    Raises CheckpointError if they do not fit the model.
+    """
+    weights = {f"dense.{name}": value for name, value in model.dense.state_dict().items()}
+    try:
+        if weights:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is asked for
+                load(weights, storage_reader=_JsonReader(folder), no_dist=True)
     except (CheckpointException, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {folder} does not fit the model: {error}") from None
 

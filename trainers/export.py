@@ -1,26 +1,42 @@
-"""A run's checkpoint -> an immutable, measured artifact."""
+"""A run's checkpoint -> an immutable, measured artifact.
+
+Vector sets are made in pieces (`trainers.export_shards`), on threads or as Ray tasks, straight from the checkpoint's
+shards, and indexes one after the other. What is done is kept in `<out>/.export-<fingerprint>` until the version is
+published, and taken up, after its checksums are held against it, by the next export of the same checkpoint with the
+same settings. Memory: CHUNK_ROWS vectors for each thread, the key maps and item features of the run, and then one index
+with its training sample (`lexshard export` tells how much before it is built).
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from cluster.config import Config, config_from_dict, config_to_dict, load_config
-from cluster.errors import CheckpointError
+from cluster.errors import ArtifactError, CheckpointError, DataError
 from cluster.launch import launch, report
-from cluster.rank import current_rank
+from cluster.rank import num_cores
+from cluster.storage import remove_folder
+from cluster.tasks import run_tasks
 from embedding_service.artifact import ArtifactWriter
-from trainers.cases import Cases, load_validation
-from trainers.evaluate import load_trained
+from embedding_service.index_plan import auto_factory, estimate
+from embedding_service.tuning import TUNING_QUERIES, Queries
+from trainers import export_shards
+from trainers.cases import Cases, load_validation, sample_training
+from trainers.checkpoint import CheckpointStore, check_same_run
+from trainers.export_shards import copy_piece, cut, is_done, make_piece, stored_model
 from trainers.models import Model
 from trainers.prepare import Prepared, load_prepared
 
-_CHUNK_ROWS = 65_536
-_TUNING_QUERIES = 1000
 _INDEXES: tuple[tuple[str, str, Literal["ip", "cosine"]], ...] = (  # name, vector set (empty: the model's), metric
     ("recommend", "item", "ip"),
     ("similar", "", "cosine"),
@@ -37,8 +53,9 @@ def export_run(
 ) -> Path:
     """Publish the run's checkpoint (`best` or `last`) as a new version below `out` (empty: `<run>/artifacts`).
 
-    Settings are the run's, with `overrides` (`export.precision=int8`...). Returns the version's folder.
-    Raises LexshardError.
+    Settings are the run's, with `overrides` (`export.precision=int8`...). `on_event` is called with {"kind": "note",
+    "text"} and {"kind": "progress", "share", "text"}, in this thread. Returns the version's folder. Killed, it is to be
+    called again: what was done is kept. Raises LexshardError.
     """
     folder = Path(run)
     if not (folder / "config.toml").exists():
@@ -50,53 +67,201 @@ def export_run(
 
 def _export(settings: dict[str, Any]) -> str:
     config = config_from_dict(settings["config"])
-    place = current_rank(config.cluster.device)
     prepared = load_prepared(config.run)
-    model, checkpoint = load_trained(config, prepared, place, which=settings["which"])
-    lineage = {"run": Path(config.run).name, "checkpoint": checkpoint, "config": config_to_dict(config)}
-    with ArtifactWriter(settings["out"], name=Path(config.run).name) as writer:
-        for name, vocabulary in prepared.keys.items():
-            if not name.startswith("item_"):  # item features are inside the item vectors already
-                writer.add_keys(name, vocabulary)
-        for name, keys in model.vector_sets().items():
-            _write_vectors(writer, model, name, keys, config)
+    name, folder = _checkpoint(config, settings["which"])
+    shared = {"config": config_to_dict(config), "checkpoint": str(folder)}
+    model = stored_model(shared)
+    lineage = {"run": Path(config.run).name, "checkpoint": name, "config": config_to_dict(config)}
+    with (
+        ArtifactWriter(settings["out"], name=Path(config.run).name, threads=config.export.threads or None) as writer,
+        _work_folder(writer.root, folder, config) as work,
+    ):
+        for key_map, vocabulary in prepared.keys.items():
+            if not key_map.startswith("item_"):  # item features are inside the item vectors already
+                writer.add_keys(key_map, vocabulary)
+        _write_vectors(writer, model, config, shared, work)
         writer.set_query_tower(model.query_tower.spec, model.query_tower.state_dict())
-        for index, vectors, metric in _INDEXES:
-            report({"kind": "note", "text": f"building the index `{index}`"})
-            writer.add_index(
-                index,
-                vectors=vectors or model.similar_set,
-                metric=metric,
-                factory=config.export.index,
-                recall_target=config.export.recall_target,
-                recall_k=config.export.recall_k,
-                queries=_tuning_queries(config, prepared, model) if index == "recommend" else None,
-                seed=config.train.seed,
-            )
+        _write_indexes(writer, model, config, prepared, work)
         return str(writer.publish(lineage=lineage, figures=_figures(config)))
 
 
-def _write_vectors(writer: ArtifactWriter, model: Model, name: str, keys: str, config: Config) -> None:
-    """One vector set, a chunk at a time."""
-    rows = model.table_rows(name)
-    normalized = name == "item" and config.model.kind == "two_tower" and config.model.normalize
-    sink = writer.add_vectors(
-        name, rows=rows, dim=config.model.dim, keys=keys, precision=config.export.precision, normalized=normalized
+def _checkpoint(config: Config, which: str) -> tuple[str, Path]:
+    """Name and folder of a sound checkpoint. Raises CheckpointError."""
+    store = CheckpointStore(config.run)
+    chosen = store.choose(which)
+    if chosen is None:
+        raise CheckpointError(f"{config.run} has no checkpoint yet; run `lexshard train` first")
+    name, description, refused = chosen
+    for reason in refused:
+        report({"kind": "note", "text": f"warning: {reason}; using {name} instead"})
+    check_same_run(description["config"], config, store.folder / name)
+    return name, store.folder / name
+
+
+@contextmanager
+def _work_folder(root: Path, checkpoint: Path, config: Config) -> Iterator[Path]:
+    """The folder of what is done, which stays if the block fails. Raises ArtifactError if another export is in it."""
+    of = {
+        "checkpoint": hashlib.sha256((checkpoint / "checkpoint.json").read_bytes()).hexdigest(),
+        "export": asdict(config.export) | {"threads": 0},
+        "pieces": [export_shards.PIECE_ROWS, 1],  # and the version of what is in them
+    }
+    digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+    work = root / f".export-{digest}"
+    work.mkdir(exist_ok=True)
+    handle = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(f"{work}: another export of this checkpoint is under way; wait for it") from None
+        yield work
+        for done in root.glob(".export-*"):
+            _remove_unused(done, own=done == work)
+    finally:
+        os.close(handle)
+
+
+def _remove_unused(work: Path, *, own: bool) -> None:
+    """What was done of this version, which is published, and of earlier ones that nobody works on."""
+    handle = os.open(work, os.O_RDONLY)
+    try:
+        if not own:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_folder(work)
+    except BlockingIOError:
+        pass  # under way
+    finally:
+        os.close(handle)
+
+
+def _write_vectors(writer: ArtifactWriter, model: Model, config: Config, shared: dict[str, Any], work: Path) -> None:
+    """All vector sets: pieces that are not done yet are made, then all are put together."""
+    precision = config.export.precision
+    unit = config.model.kind == "two_tower" and config.model.normalize
+    normalized = {name: name == "item" and unit for name in model.vector_sets()}
+    rows = {name: model.table_rows(name) for name in model.vector_sets()}
+    pieces = cut(rows, export_shards.PIECE_ROWS)
+    todo = [piece for piece in pieces if not is_done(piece, work, precision)]
+    if len(todo) < len(pieces):
+        report({"kind": "note", "text": f"{len(pieces) - len(todo)} of {len(pieces)} shards are done and sound"})
+    settings = {**shared, "work": str(work), "dim": config.model.dim, "precision": precision, "normalized": normalized}
+    total, done = sum(rows.values()), sum(piece.stop - piece.start for piece in set(pieces) - set(todo))
+    for i, _ in run_tasks(
+        make_piece,
+        settings,
+        [asdict(piece) for piece in todo],
+        threads=config.export.threads or num_cores(),
+        engine=config.cluster.engine,
+        address=config.cluster.address,
+    ):
+        done += todo[i].stop - todo[i].start
+        _progress(f"{done:,} of {total:,} vectors", done / total)
+    for name, keys in model.vector_sets().items():
+        sink = writer.add_vectors(
+            name, rows=rows[name], dim=config.model.dim, keys=keys, precision=precision, normalized=normalized[name]
+        )
+        for piece in pieces:
+            if piece.vectors == name:
+                copy_piece(piece, work, precision, sink)
+
+
+def _write_indexes(writer: ArtifactWriter, model: Model, config: Config, prepared: Prepared, work: Path) -> None:
+    asked = _asked(config, prepared)
+    rows = len(prepared.keys["item"].keys)
+    for index, vectors, metric in _INDEXES:
+        set_name = vectors or model.similar_set
+        memory = int(config.export.memory_gib * 2**30)
+        _announce(index, rows, config, memory)
+        queries: dict[str, Any] = {}
+        if asked is not None and index == "recommend":
+            queries = {"queries": _query_vectors(model, *asked)}
+        elif asked is not None:
+            queries = {"query_rows": (_looked_at(asked[0], rows), asked[1])}
+        record = writer.add_index(
+            index,
+            vectors=set_name,
+            metric=metric,
+            factory=config.export.index,
+            recall_target=config.export.recall_target,
+            recall_k=config.export.recall_k,
+            seed=config.train.seed,
+            device=config.export.index_device,
+            memory_bytes=memory,
+            on_progress=lambda text, share, index=index: _progress(f"{index}: {text}", share),  # type: ignore[misc]
+            keep=work,
+            **queries,
+        )
+        _tell(index, record)
+
+
+def _announce(index: str, rows: int, config: Config, memory: int) -> None:
+    factory = config.export.index
+    factory = auto_factory(rows, config.model.dim, memory) if factory == "auto" else factory
+    need = estimate(factory, rows, config.model.dim, config.export.threads or num_cores())
+    takes = "" if need is None else f": about {_size(need.build_bytes)} while it is built, {need.seconds:,.0f} s"
+    report({"kind": "note", "text": f"index `{index}`, {factory} over {rows:,} x {config.model.dim}{takes}"})
+
+
+def _tell(index: str, record: dict[str, Any]) -> None:
+    recall = record["recall"]
+    at = ", ".join(f"{name} {value}" for name, value in record["parameters"].items()) or "exhaustive"
+    text = (
+        f"index `{index}`, {record['factory']}: {_size(record['bytes'])}, built in {record['build_seconds']:,.0f} s; "
+        f"recall@{recall['k']} {recall['value']:.4f} +- {recall['half_width']:.4f} at {at}, "
+        f"on {recall['num_queries']:,} {_SOURCES[recall['queries']]}"
     )
-    for start in range(0, rows, _CHUNK_ROWS):
-        stop = min(rows, start + _CHUNK_ROWS)
-        sink.write(start, model.vectors(name, start, stop).cpu().numpy())
+    report({"kind": "note", "text": text})
+    if not recall["met"]:
+        text = f"warning: index `{index}` does not reach export.recall_target = {recall['target']}"
+        report({"kind": "note", "text": f"{text}; name an index with finer codes"})
 
 
-def _tuning_queries(config: Config, prepared: Prepared, model: Model) -> np.ndarray | None:
-    """Real queries for tuning the index: validation cases through the query tower; None without validation."""
-    cases: Cases | None = load_validation(config, prepared)
+_SOURCES = {
+    "validation": "validation sessions",
+    "training": "training sessions",
+    "given": "queries",
+    "stored": "vectors of its own",
+}
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _progress(text: str, share: float) -> None:
+    report({"kind": "progress", "share": share, "text": text})
+
+
+def _asked(config: Config, prepared: Prepared) -> tuple[Cases, str] | None:
+    """Real queries for tuning, and where they come from: validation cases, else training sessions; None without."""
+    cases, source = load_validation(config, prepared), "validation"
+    if cases is None:
+        try:
+            cases, source = sample_training(config, prepared, limit=TUNING_QUERIES), "training"
+            text = "there are no validation sessions: indexes are tuned on training sessions"
+        except DataError as error:
+            text = f"warning: no sessions to tune on ({error}): indexes are tuned on stored vectors, not real queries"
+        report({"kind": "note", "text": text})
     if cases is None:
         return None
-    chosen = cases.take(np.linspace(0, len(cases) - 1, min(len(cases), _TUNING_QUERIES)).astype(np.int64))
-    queries = model.encode_queries(chosen.history, chosen.single).cpu().numpy()
-    asking: np.ndarray = queries[np.abs(queries).max(1) > 0.0]
-    return asking  # a history of unknown items asks for nothing
+    chosen = np.linspace(0, len(cases) - 1, min(len(cases), TUNING_QUERIES)).astype(np.int64)
+    return cases.take(chosen), source
+
+
+def _query_vectors(model: Model, cases: Cases, source: str) -> Queries | None:
+    """The cases through the query tower; None if all are silent."""
+    queries = model.encode_queries(cases.history, cases.single).cpu().numpy()
+    asking = queries[np.abs(queries).max(1) > 0.0]  # a history of unknown items asks for nothing
+    return Queries(asking, source) if len(asking) else None
+
+
+def _looked_at(cases: Cases, rows: int) -> np.ndarray:
+    """The last item of every history, int64 [m]: what `similar` is asked for, as often as it is looked at."""
+    history = cases.history
+    last = history.values[history.offsets[1:][history.lengths > 0] - 1]
+    known: np.ndarray = last[(last >= 0) & (last < rows)]
+    return known
 
 
 def _figures(config: Config) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embedding_service.ragged import Ragged
-from embedding_service.sharding import ShardedTables
+from embedding_service.sharding import MakeTables, ShardedTables
 from embedding_service.tables import Precision, TableSpec, deduplicate
 from embedding_service.towers import Given, Tower, TowerInput, TowerSpec, input_rows
 from trainers import skipgram
@@ -92,10 +92,11 @@ class Item2Vec:
         seed: int,
         threads: int,
         device: torch.device,
+        make_tables: MakeTables = ShardedTables,
     ) -> None:
         """counts: int64 [rows], how often each item occurs in training; block_items: items of a worker's step."""
         self.num_items, self.counts = len(counts), counts
-        self.tables = ShardedTables(
+        self.tables = make_tables(
             [
                 TableSpec("input", len(counts), dim, init_scale or 0.5 / dim, precision),
                 TableSpec("output", len(counts), dim, 0.0, precision),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embedding_service.ragged import Ragged, take_values
-from embedding_service.sharding import Asked, ShardedTables
+from embedding_service.sharding import Asked, MakeTables, ShardedTables
 from embedding_service.tables import Optimizer, Precision, TableSpec
 from embedding_service.towers import Given, InputRows, Tower, TowerInput, TowerSpec, input_rows, says
 from trainers.contrast import Contrast, ContrastSpec, Pool
@@ -75,6 +75,7 @@ class TwoTower:
         seed: int,
         device: torch.device,
         unknown_row: int = -1,
+        make_tables: MakeTables = ShardedTables,
     ) -> None:
         """counts: int64 [items], how often each occurs; rows: key map -> table rows; item_values: item feature -> its
         values of all items; unknown_row: the item row of unknown keys, -1 for none. What the settings mean: `lexshard
@@ -102,7 +103,7 @@ class TwoTower:
         names += features
         self._table_of |= {name: name for name in features}
         key_map = {"history": "item"}
-        self.tables = ShardedTables(
+        self.tables = make_tables(
             [TableSpec(name, rows[key_map.get(name, name)], dim, scale, precision) for name in names],
             optimizer=optimizer,
             learning_rate=learning_rate,
