@@ -370,7 +370,7 @@ def _keep(keep: Path, folder: Path, file: str, record: Mapping[str, Any]) -> Non
 
 
 def _take_kept(keep: Path, folder: Path, file: str) -> dict[str, Any] | None:
-    """The record of what `_keep` has kept, its files linked into `folder`; None if there is nothing or it is damaged."""
+    """The record of what `_keep` has kept, its files linked into `folder`; None if none is there or it is damaged."""
     try:
         noted = json.loads((keep / f"{Path(file).name}.record.json").read_bytes())
         if any(checksum(keep / name) != noted["sha256"][name] for name in (Path(file).name, f"{Path(file).name}.json")):

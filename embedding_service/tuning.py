@@ -9,10 +9,11 @@ vectors, and searched exactly where the index finds too few. Two parameters may 
     depth  rescore or k_factor_rf, where codes lose something: how many times k rows are scored anew. Each power of two
            has its own least knob; of these pairs the one with the lowest measured latency is taken.
 
-A recall over m queries has the standard error s / sqrt(m), s the standard deviation of the queries' own recalls r_i.
-For a true recall R at k, s^2 lies between R (1 - R) / k (rows are missed independently) and R (1 - R) (a query loses
-all or nothing), so that an error of at most e with 95 % confidence takes m = (1.96 / e)^2 s^2 queries: for R = .95 and
-e = .005 between 730 (k = 10) and 7300. Hence TUNING_QUERIES; the record's `half_width` is 1.96 s / sqrt(m).
+A recall over m queries has the standard error s / sqrt(m), s the standard deviation of the queries' own recalls. For
+a true recall R at k, s^2 lies between R (1 - R) / k (rows are missed independently) and R (1 - R) (a query loses all or
+nothing); measured s for R = .95 and k = 10 are .09 to .14. What is tuned on m queries and looked at on m others differs
+by at most e, with z standard errors' confidence, where m = 2 (z s / e)^2: for s = .14 and e = .005 that is 6000 queries
+(z = 1.96) or 14 000 (z = 3). Hence TUNING_QUERIES; the record's `half_width` is 1.96 s / sqrt(m).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from embedding_service.index_plan import estimate
 from embedding_service.ragged import Ragged
 from embedding_service.vectors import VectorSet
 
-TUNING_QUERIES = 10_000
+TUNING_QUERIES = 20_000
 LEAST_QUERIES = 1000  # even where exact answers for them take long
 EXACT_SCORES = 2e11  # rows x queries that exact answers are computed for; fewer queries where it would be more
 SAMPLE = 1000  # queries that find the region, and measure the curve
@@ -121,30 +122,39 @@ def tuned_index(
         cheaper = other.parameters["efSearch"] < index.parameters["efSearch"]
         if (other_met and (cheaper or not met)) or (not met and other_value > value):
             index, took = other, other_took
+    expected = estimate(index.factory, vectors.rows, vectors.dim, threads or num_cores())
+    return index, {
+        **_described(index, test, recall_target),
+        "estimate": None if expected is None else vars(expected),
+        "build_bytes": took["build_bytes"],
+        "build_seconds": took["seconds"],
+    }
+
+
+def tune(index: VectorIndex, test: RecallTest, target: float) -> dict[str, Any]:
+    """Set the parameters of a built index; returns the `recall` and the `curve` of its record."""
+    _tune(index, test, target)
+    return _described(index, test, target)
+
+
+def _described(index: VectorIndex, test: RecallTest, target: float) -> dict[str, Any]:
     recalls = test.recalls(index, slice(0, SAMPLE if index.exhaustive else None))
     value = float(recalls.mean())
-    if value < recall_target:
+    if value < target:
         _log.warning(
             "index %s reaches recall@%d %.4f, not the target %.4f; best at %s",
-            index.factory, test.k, value, recall_target, index.parameters or "no search parameter",
+            index.factory, test.k, value, target, index.parameters or "no search parameter",
         )  # fmt: skip
     recall = {
         "value": value,
         "half_width": float(1.96 * recalls.std() / len(recalls) ** 0.5),
         "k": test.k,
-        "target": recall_target,
-        "met": value >= recall_target,
+        "target": target,
+        "met": value >= target,
         "queries": test.queries.source,
         "num_queries": len(recalls),
     }
-    expected = estimate(index.factory, vectors.rows, vectors.dim, threads or num_cores())
-    return index, {
-        "recall": recall,
-        "curve": curve(index, test),
-        "estimate": None if expected is None else vars(expected),
-        "build_bytes": took["build_bytes"],
-        "build_seconds": took["seconds"],
-    }
+    return {"recall": recall, "curve": curve(index, test)}
 
 
 class RecallTest:
