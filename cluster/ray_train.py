@@ -19,7 +19,7 @@ from typing import Any
 import ray
 import ray.train.torch
 from pyarrow import fs
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from torch.distributed import DistError
@@ -187,23 +187,31 @@ def ray_tasks(
 ) -> Iterator[tuple[int, Json]]:
     """`cluster.tasks.run_tasks` on Ray; see there."""
     with _cluster(address, num_cpus=max(1, threads)):
-        remote: Any = ray.remote(num_cpus=1, max_retries=3)(fn)
+        remote: Any = ray.remote(num_cpus=1, max_retries=3)(_run_task)
         shared = ray.put(settings)
-        running = {remote.remote(shared, task): i for i, task in enumerate(tasks)}
+        running = {remote.remote(fn, shared, task): i for i, task in enumerate(tasks)}
         try:
             while running:
                 done, _ = ray.wait(list(running))
                 for reference in done:
-                    yield running.pop(reference), ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, LexshardError):
-                raise error.cause from None
-            raise LaunchError(f"a task failed: {_first_line(error.cause)}") from error
+                    yield running.pop(reference), json.loads(ray.get(reference))
+        except RayTaskError as error:
+            if isinstance(error.cause, _UserError):
+                raise error.cause.rebuild() from None
+            raise LaunchError(f"a task failed: {type(error.cause).__name__}: {_first_line(error.cause)}") from error
         except RayError as error:
-            raise LaunchError(f"a task's worker died too often: {_first_line(error)}") from error
+            raise LaunchError(f"a task cannot be run: {_first_line(error)}") from error
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)
+
+
+def _run_task(fn: Any, settings: Json, task: Json) -> str:
+    """What a Ray task runs: `fn`. Returns its result as JSON."""
+    try:
+        return json.dumps(fn(settings, task))
+    except LexshardError as error:
+        raise _UserError(type(error), error.args, vars(error)) from None
 
 
 def _check_reachable(address: str) -> None:

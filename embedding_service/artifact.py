@@ -4,7 +4,7 @@
     <root>/<version>/manifest.json     the contents, lineage, figures, and size and sha256 of every file
                      keys/<name>.arrow             key map
                      vectors/<name>.npy            fp32, fp16 or int8 [rows, dim]; int8 also <name>.scale.npy [rows]
-                     indexes/<name>.faiss          FAISS index, and its settings in <name>.faiss.json
+                     indexes/<name>.faiss          FAISS index; its settings in .faiss.json, its curve as .faiss.svg
                      query_tower.safetensors       weights of the query tower (its description is in the manifest)
 
 A version appears by one rename, complete, or not at all. What a killed writer leaves is a folder `.tmp-*` that the
@@ -40,6 +40,7 @@ from embedding_service.index import Device, VectorIndex
 from embedding_service.keys import Vocabulary
 from embedding_service.manifest import Manifest, parse_manifest, tower_spec
 from embedding_service.quantize import Precision
+from embedding_service.recall_plot import recall_plot
 from embedding_service.towers import Tower, TowerSpec
 from embedding_service.tuning import Queries, tuned_index
 from embedding_service.vectors import VectorSet, VectorSink
@@ -270,7 +271,11 @@ class ArtifactWriter:
             "dim": index.dim,
             "bytes": (self.folder / file).stat().st_size,
             **measured,
+            "plot_file": f"{file}.svg",
         }
+        title = f"{name}: {index.factory} over {index.rows:,} x {index.dim}"
+        plot = recall_plot(title, measured["curve"], index.parameters, measured["recall"])
+        write_atomic(self.folder / f"{file}.svg", plot.encode())
         if keep is not None:
             _keep(keep, self.folder, file, self._indexes[name])
         return dict(self._indexes[name])
@@ -361,7 +366,7 @@ class ArtifactWriter:
 def _keep(keep: Path, folder: Path, file: str, record: Mapping[str, Any]) -> None:
     """Link the index `file` of a version's folder and its settings into `keep`, then write its record there."""
     sums = {}
-    for part in (file, f"{file}.json"):
+    for part in (file, f"{file}.json", f"{file}.svg"):
         kept = keep / Path(part).name
         kept.unlink(missing_ok=True)
         os.link(folder / part, kept)
@@ -371,13 +376,14 @@ def _keep(keep: Path, folder: Path, file: str, record: Mapping[str, Any]) -> Non
 
 def _take_kept(keep: Path, folder: Path, file: str) -> dict[str, Any] | None:
     """The record of what `_keep` has kept, its files linked into `folder`; None if none is there or it is damaged."""
+    names = [Path(file).name + ending for ending in ("", ".json", ".svg")]
     try:
-        noted = json.loads((keep / f"{Path(file).name}.record.json").read_bytes())
-        if any(checksum(keep / name) != noted["sha256"][name] for name in (Path(file).name, f"{Path(file).name}.json")):
+        noted = json.loads((keep / f"{names[0]}.record.json").read_bytes())
+        if any(checksum(keep / name) != noted["sha256"][name] for name in names):
             return None
         record: dict[str, Any] = noted["record"]
-        for part in (file, f"{file}.json"):
-            os.link(keep / Path(part).name, folder / part)
+        for name in names:
+            os.link(keep / name, (folder / file).with_name(name))
         return record
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -32,7 +32,7 @@ import numpy as np
 from cluster.errors import ArtifactError, SettingError
 from cluster.storage import write_json
 from embedding_service.exact import ArrayVectors, Float32, Int64, Metric, Vectors, unit_length
-from embedding_service.index_plan import ROWS_PER_CENTROID, advice, auto_factory, check_memory
+from embedding_service.index_plan import ROWS_PER_CENTROID, TRAINED_PER_CENTROID, advice, auto_factory, check_memory
 
 Arrangement = Literal["plain", "centred", "augmented"]
 Device = Literal["auto", "cpu", "gpu"]  # auto: the GPU where there is one and FAISS has the kind of index for it
@@ -298,8 +298,10 @@ class _Arranged:
 
 
 def _training_sample(arranged: _Arranged, index: Any, factory: str, seed: int) -> Float32:
-    """Evenly spread rows: at most 256 per centroid and MAX_TRAINING_BYTES, at least 39 per centroid."""
-    low, high = ROWS_PER_CENTROID
+    """Evenly spread rows: 100 per centroid, the (geometric) middle of FAISS's advice, within MAX_TRAINING_BYTES, but at
+    least 39 per centroid. k-means is most of what building IVF takes, and its time goes with the sample.
+    """
+    low = ROWS_PER_CENTROID[0]
     centroids = _num_centroids(index, factory)
     if arranged.rows < low * centroids:
         raise SettingError(
@@ -308,7 +310,7 @@ def _training_sample(arranged: _Arranged, index: Any, factory: str, seed: int) -
             f"there are {arranged.rows}: take at most {arranged.rows // low} lists, fewer PQ bits, or `auto`",
         )
     affordable = MAX_TRAINING_BYTES // (4 * index.d)
-    num = min(arranged.rows, max(65_536, min(high * centroids, affordable), low * centroids))
+    num = min(arranged.rows, max(65_536, min(TRAINED_PER_CENTROID * centroids, affordable), low * centroids))
     jitter = np.random.default_rng(seed).random(num)
     rows = np.minimum(((np.arange(num) + jitter) * (arranged.rows / num)).astype(np.int64), arranged.rows - 1)
     return arranged(arranged.vectors.take(rows))

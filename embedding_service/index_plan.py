@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from cluster.errors import SettingError
 
 ROWS_PER_CENTROID = (39, 256)  # FAISS's advice for k-means: fewer give poor centroids, more are not used
+TRAINED_PER_CENTROID = 100  # what is taken where there are as many
 LISTS_PER_SQRT = (4, 16)  # FAISS's advice: 4 sqrt(rows) to 16 sqrt(rows) lists
 HNSW_RATE = 1.5e7  # of efConstruction 80; this and the next two on one core of the reference machine
 FLOP_RATE = 4e10
@@ -123,7 +124,7 @@ def estimate(factory: str, rows: int, dim: int, threads: int = 1) -> Estimate | 
         seconds = rows * max(rows, 2).bit_length() * (dim + 64) / HNSW_RATE / threads
     if match := re.fullmatch(_LISTS, refined):
         lists = int(match[1])
-        sample = min(rows, ROWS_PER_CENTROID[1] * lists)
+        sample = min(rows, max(65_536, TRAINED_PER_CENTROID * lists))
         compared = 20.0 * lists.bit_length() if match[2] else float(lists)
         seconds += 2 * dim * (10 * sample * compared + rows * compared) / FLOP_RATE / threads
     if match := re.search(r"PQ\d+(?:x(\d+))?", refined):

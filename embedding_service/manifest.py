@@ -96,7 +96,7 @@ class IndexEntry(_Entry):
     build_seconds: Annotated[float, Field(ge=0)]
     build_bytes: Count | None = None
     estimate: EstimateEntry | None = None
-    curve: Annotated[tuple[CurvePoint, ...], Field(strict=False, max_length=1000)] = ()
+    curve: list[CurvePoint] = Field(default_factory=list, max_length=1000)
     plot_file: RelativePath | None = None
 
 
