@@ -51,11 +51,9 @@ def recall_plot(
             f'<circle class="{"chosen" if is_chosen else "point"}" cx="{x(time):.1f}" cy="{y(value):.1f}" '
             f'r="{6 if is_chosen else 4}"><title>{escape(tip)}</title></circle>'
         )
-        if is_chosen:
-            right = x(time) > _WIDTH / 2
-            parts.append(
-                _text(x(time) + (-12 if right else 12), y(value) + 18, tip, "label", "end" if right else "start")
-            )
+        if is_chosen:  # said where no curve is that rises to the right: below on the right
+            parts.append(f'<circle class="chosen" cx="{_WIDTH - _RIGHT - 10}" cy="{_HEIGHT - _BOTTOM - 18}" r="6"/>')
+            parts.append(_text(_WIDTH - _RIGHT - 24, _HEIGHT - _BOTTOM - 13, tip, "label", "end"))
     parts += [_text(_LEFT, 26, title, "title", "start")]
     parts += [_text(_LEFT, 44, _said_of(recall), "note", "start")]
     parts += [

@@ -6,10 +6,11 @@ The catalogue is synthetic (1 M x 64: no public data set here has so many traine
 noise with a decaying spectrum, lengths that differ. Queries are means of fresh draws from one cluster; the 20 k that
 tune and the 20 k that measure are drawn apart. `ours` is what is exported and served: tuned to recall@10 of .95, rows
 found scored anew from fp16 vectors. `plain` is the same factory string (PQ: with FAISS's own refinement) with FAISS's
-default parameters. Both answer 20 k in one call with all cores; `microseconds` are of single queries in one thread.
+default parameters. Both answer 20 k (Flat: 1000) in one call with all cores; `microseconds` are of single queries in one thread.
 
     recall_error_max      the largest |recall@10 - .95| on the queries that did not tune, over the kinds that have
                           something to tune; of Flat 1 - recall
+    gowalla.arrangements  recall@20 of a graph over that run's output vectors, see `embedding_service.index`
     fp16_loss, int8_loss  Recall@20 on Gowalla's test cases that an export loses against fp32, by exact search over the
                           exported vectors of one run of the item2vec recipe (LEXSHARD_DATA)
 
@@ -28,7 +29,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import faiss
 import numpy as np
@@ -37,13 +38,14 @@ from cluster.config import load_config
 from embedding_service.artifact import Artifact
 from embedding_service.candidates import Candidates
 from embedding_service.exact import unit_length
-from embedding_service.index import VectorIndex
+from embedding_service.index import Arrangement, VectorIndex
 from embedding_service.index_plan import estimate
 from embedding_service.quantize import encode
+from embedding_service.retrieval import Retriever
 from embedding_service.tuning import Queries, RecallTest, tune
 from embedding_service.vectors import VectorSet
 from tests.benchmarks.recipes import RECIPES, data_folder, lexshard, progress
-from trainers.cases import load_cases
+from trainers.cases import Cases, load_cases
 from trainers.evaluate import evaluate_artifact
 from trainers.export import export_run
 from trainers.prepare import load_prepared
@@ -63,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = 100_000 if args.quick else 1_000_000
     lists = 1024 if args.quick else 4096
-    kinds = ["Flat", "HNSW32", f"IVF{lists},SQ8", f"IVF{lists},PQ32x4fs"]
+    kinds = ["HNSW32", f"IVF{lists},SQ8", f"IVF{lists},PQ32x4fs", "Flat"]
     with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
         cache = Path(args.cache or folder) / str(rows)
         cache.mkdir(parents=True, exist_ok=True)
@@ -128,8 +130,8 @@ def measured(kind: str, data: Catalogue, cache: Path) -> dict[str, Any]:
     """The figures of one kind, ours and plain."""
     threads = os.cpu_count() or 1
     index, record = ours(kind, data, cache)
-    recalls = data.test.recalls(index)
     exact = index.exhaustive
+    recalls = data.test.recalls(index, slice(0, 1000 if exact else None))
     recall = float(recalls.mean())
     stored = index_bytes(cache / f"{kind}.faiss")
     rows = data.vectors.rows
@@ -148,21 +150,21 @@ def measured(kind: str, data: Catalogue, cache: Path) -> dict[str, Any]:
     }
     with ThreadPoolExecutor(threads) as pool:
         candidates = Candidates(data.vectors, "ip", index, pool, threads)
-        entry |= speed(lambda queries: candidates.search(queries, K), data)
+        entry |= speed(lambda queries: candidates.search(queries, K), data, exact=exact)
     plain, seconds, size = plain_index(kind, data, cache)
     faiss.omp_set_num_threads(threads)
     entry_plain = {
         "bytes_per_vector": round(size / rows, 1),
         "build_seconds": round(seconds, 1),
         "recall": round(plain_recall(plain, data), 4),
-        **speed(lambda queries: plain.search(queries, K), data),
+        **speed(lambda queries: plain.search(queries, K), data, exact=exact),
     }
     progress(json.dumps({kind: {"ours": entry, "plain": entry_plain}}))
     return {"ours": entry, "plain": entry_plain}
 
 
-def speed(search: Any, data: Catalogue) -> dict[str, float]:
-    queries = data.test.queries.vectors
+def speed(search: Any, data: Catalogue, *, exact: bool) -> dict[str, float]:
+    queries = data.test.queries.vectors[: 1000 if exact else None]
     batches, singles = [], []
     for _ in range(ROUNDS):
         began = time.perf_counter()
@@ -236,10 +238,11 @@ def plain_index(kind: str, data: Catalogue, cache: Path) -> tuple[Any, float, in
 
 def plain_recall(index: Any, data: Catalogue) -> float:
     """As `RecallTest` counts, over what FAISS returns."""
-    queries = data.test.queries.vectors
+    queries = data.test.queries.vectors[: 1000 if isinstance(index, faiss.IndexFlat) else None]
     rows = index.search(queries, K)[1]
     scores = np.einsum("nkd,nd->nk", data.vectors.take(np.maximum(rows, 0)), queries)
-    found = (rows >= 0) & (scores >= data.test.threshold[:, None] - 1e-5 * np.abs(data.test.threshold[:, None]))
+    threshold = data.test.threshold[: len(queries), None]
+    found = (rows >= 0) & (scores >= threshold - 1e-5 * np.abs(threshold))
     return float(found.mean())
 
 
@@ -264,12 +267,28 @@ def gowalla_losses(run: Path) -> dict[str, Any]:
             path = export_run(run, out=f"{folder}/{precision}", which="last", overrides=overrides)
             tally = evaluate_artifact(Artifact.open(path), cases, ks=(20,), mask_seen=True, exact=True)
             recall[precision] = float(tally.figures()["recall@20"])
+        arrangements = graph_arrangements(Artifact.open(f"{folder}/fp32"), cases)
     return {
         "fp16_loss": round(recall["fp32"] - recall["fp16"], 5),
         "int8_loss": round(recall["fp32"] - recall["int8"], 5),
         "recall@20": {name: round(value, 5) for name, value in recall.items()},
         "num_cases": len(cases),
+        "arrangements": arrangements,
     }
+
+
+def graph_arrangements(artifact: Artifact, cases: Cases) -> dict[str, float]:
+    """Recall@20 of exact search that HNSW32 with efSearch 64 has, in each arrangement of `embedding_service.index`."""
+    retriever = Retriever(artifact)
+    queries = retriever.encode_rows(cases.history, None, {})[:5000]
+    vectors = artifact.vectors("item").head(len(artifact.keys("item").keys))
+    test = RecallTest(vectors, "ip", 20, Queries(queries), os.cpu_count() or 1)
+    found = {}
+    for arrangement in get_args(Arrangement):
+        index = VectorIndex.build(vectors, metric="ip", factory="HNSW32", arrangement=arrangement)
+        index.set_parameters({"efSearch": 64})
+        found[arrangement] = round(test.recall(index), 4)
+    return found
 
 
 if __name__ == "__main__":
