@@ -6,7 +6,8 @@ The catalogue is synthetic (1 M x 64: no public data set here has so many traine
 noise with a decaying spectrum, lengths that differ. Queries are means of fresh draws from one cluster; the 20 k that
 tune and the 20 k that measure are drawn apart. `ours` is what is exported and served: tuned to recall@10 of .95, rows
 found scored anew from fp16 vectors. `plain` is the same factory string (PQ: with FAISS's own refinement) with FAISS's
-default parameters. Both answer 20 k (Flat: 1000) in one call with all cores; `microseconds` are of single queries in one thread.
+default parameters. Both answer 20 k (Flat: 1000) in one call with all cores; `microseconds` are of single queries, ours
+in one thread, FAISS's as it divides them.
 
     recall_error_max      the largest |recall@10 - .95| on the queries that did not tune, over the kinds that have
                           something to tune; of Flat 1 - recall
