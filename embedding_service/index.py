@@ -9,10 +9,9 @@ in length or share a common direction, as item2vec's output vectors do. A graph 
     augmented  (x - c, sqrt(M^2 - |x - c|^2)) with M the largest |x - c|, queries (q, 0), under L2:
                |q' - x'|^2 = |q|^2 + M^2 - 2 q.(x - c)       (Bachrach et al. 2014, RecSys, section 3)
 
-recall@20 at efSearch 64 with HNSW32 on trained item2vec output vectors, plain / centred / augmented: .983 / .993 / .909
-(Diginetica sessions, 43 k), .230 / .779 / .863 (Gowalla baskets, 41 k; the augmented one alone reaches .95, at efSearch
-256). Neither wins everywhere, so `embedding_service.tuning` tries the second where the first needs a long search. The
-other kinds, and cosine, are as FAISS has them ("plain"): IVF over augmented vectors found next to nothing on Gowalla.
+Which of them is best differs from data to data (`tests.benchmarks.index_tradeoff` prints recall@20 of all three over
+Gowalla's item2vec vectors, `gowalla.arrangements`), so `embedding_service.tuning` tries the second where the first needs
+a long search. The other kinds, and cosine, are as FAISS has them ("plain"): IVF over augmented vectors found next to nothing on Gowalla.
 """
 
 from __future__ import annotations
