@@ -1,6 +1,6 @@
 """A FAISS index over a vector set: build, tune to a recall target, save, load, search.
 
-FAISS is met in this file only, and CPU or GPU is chosen in one place, `_to_fastest_device`.
+FAISS is met in this file only, and CPU or GPU is chosen in one place, `_to_device`.
 
 Maximum inner product on a graph (HNSW) is the one case that FAISS's defaults get badly wrong when vectors differ
 in length or share a common direction, as item2vec's output vectors do. A graph is therefore built over one of:
@@ -9,9 +9,9 @@ in length or share a common direction, as item2vec's output vectors do. A graph 
     augmented  (x - c, sqrt(M^2 - |x - c|^2)) with M the largest |x - c|, queries (q, 0), under L2:
                |q' - x'|^2 = |q|^2 + M^2 - 2 q.(x - c)       (Bachrach et al. 2014, RecSys, section 3)
 
-Which of them is best differs from data to data (`tests.benchmarks.index_tradeoff` prints recall@20 of all three over
-Gowalla's item2vec vectors, `gowalla.arrangements`), so `embedding_service.tuning` tries the second where the first needs
-a long search. The other kinds, and cosine, are as FAISS has them ("plain"): IVF over augmented vectors found next to nothing on Gowalla.
+Which is best differs from data to data (`tests.benchmarks.index_tradeoff` prints recall@20 of all three over Gowalla's
+item2vec vectors, `gowalla.arrangements`), so `embedding_service.tuning` tries the second where the first needs a long
+search. The other kinds, and cosine, are as FAISS has them ("plain").
 """
 
 from __future__ import annotations
