@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from trainers.stored_tables import StoredTables
 
 PIECE_ROWS = 1_048_576  # what is lost by a kill, at most, for each thread
 CHUNK_ROWS = 65_536
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def make_piece(settings: dict[str, Any], task: dict[str, Any]) -> None:
     cannot be stored.
     """
     piece, work, precision = Piece(**task), Path(settings["work"]), settings["precision"]
-    model = _model(json.dumps({"config": settings["config"], "checkpoint": settings["checkpoint"]}, sort_keys=True))
+    with _LOADING:
+        model = _model(json.dumps({"config": settings["config"], "checkpoint": settings["checkpoint"]}, sort_keys=True))
     files = piece.files(work, precision)
     num = piece.stop - piece.start
     codes = npy.open_memmap(files[0], mode="w+", dtype=DTYPES[precision], shape=(num, settings["dim"]))
