@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from cluster.sizing import add_sizing
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command; the parsed `command` is the command's name."""
@@ -18,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
 
     _add_preparing(add)
+    add_sizing(add, _add_set)
     _add_training(add)
     _add_serving(add)
     return parser
@@ -168,6 +171,24 @@ def _add_serving(add: Add) -> None:
     sub.add_argument("keys", nargs="+", metavar="KEY", help="the item, or the session's items, oldest first")
     sub.add_argument("--k", type=int, default=10, metavar="N", help="how many (default 10)")
     sub.add_argument("--user", default="", metavar="KEY", help="recommend: whose session it is")
+    sub.add_argument("--json", action="store_true", help="for programs")
+
+    sub = add("versions", "list, publish, activate or roll back the versions of a running service")
+    sub.add_argument(
+        "where", metavar="URL_OR_ROOT", help="http://127.0.0.1:8000; publish also takes a folder of versions"
+    )
+    sub.add_argument(
+        "action",
+        choices=("list", "publish", "activate", "canary", "rollback", "remove"),
+        help="default list",
+        nargs="?",
+    )
+    sub.add_argument("name", metavar="VERSION", nargs="?", default="", help="the version; publish: its folder")
+    sub.add_argument(
+        "--share", type=float, default=0.1, metavar="N", help="canary: of the callers; 0 ends it (default 0.1)"
+    )
+    sub.add_argument("--force", action="store_true", help="activate, canary: although the gates say no")
+    sub.add_argument("--token-file", default="", metavar="FILE", help="the service's token (default: $LEXSHARD_TOKEN)")
     sub.add_argument("--json", action="store_true", help="for programs")
 
     sub = add("demo", "the whole path on this machine's Python library: train, evaluate, publish, serve, ask")

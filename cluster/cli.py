@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster import sizing
 from cluster.arguments import build_parser
 from cluster.errors import ArtifactError, LexshardError, SettingError
 
@@ -206,7 +207,7 @@ def _interchange(args: Arguments) -> int:
 
     artifact = Artifact.open(folder)
     name = args.vectors or "item"
-    vectors = artifact.vectors(name)
+    vectors = artifact.vectors_by_id(name)
     keys = artifact.keys(artifact.manifest["vectors"][name]["keys"])
     if args.to == "parquet":
         write_parquet(args.out, keys, vectors)
@@ -269,17 +270,48 @@ def _serve(args: Arguments) -> int:
     folder = _artifact_folder(args.path)
     run_config = Path(args.path) / "config.toml"
     settings = load_config(run_config if run_config.exists() else None, [*args.set, *overrides]).serve
+    import dataclasses
+
     from embedding_service.app import serve_artifact
     from embedding_service.http_schema import Limits
 
     limits = Limits(max_k=settings.max_k, max_batch=settings.max_batch, max_body_bytes=settings.max_body_bytes)
-    service = serve_artifact(folder, host=settings.host, port=settings.port, replicas=settings.replicas, limits=limits)
+    gates = dataclasses.asdict(settings.gates)
+    gates["cases"] = str(Path(gates["cases"]).absolute()) if gates["cases"] else ""
+    service = serve_artifact(
+        folder,
+        host=settings.host,
+        port=settings.port,
+        replicas=settings.replicas,
+        limits=limits,
+        token_file=settings.token_file,
+        read_token_file=settings.read_token_file,
+        gates=gates,
+    )
     with service:
         print(
             f"serving {args.path} at {service.address} (documentation: {service.address}/docs); Ctrl-C stops",
             flush=True,
         )
         service.wait()
+    return 0
+
+
+def _versions(args: Arguments) -> int:
+    from embedding_service.versions_client import change, listing, publish
+
+    if args.action in ("publish", "activate", "canary", "remove") and not (args.name or args.share == 0):
+        raise SettingError("VERSION", f"is needed: lexshard versions {args.where} {args.action} ...")
+    if args.action == "list":
+        told, lines = listing(args.where, token_file=args.token_file)
+    elif args.action == "publish":
+        told, lines = publish(args.where, args.name, token_file=args.token_file)
+    else:
+        share = args.share if args.action == "canary" else None
+        told, lines = change(
+            args.where, args.action, args.name, share=share, force=args.force, token_file=args.token_file
+        )
+    print(json.dumps(told) if args.json else "\n".join(lines))
     return 0
 
 
@@ -369,7 +401,7 @@ def _user_keys(artifact: Any) -> Any:
     """The users that the artifact's query tower sees. Raises LexshardError."""
     if all(block.source != "user" for block in artifact.query_tower().spec.inputs):
         raise LexshardError("--user: the model of this artifact sees no users; leave it out")
-    return artifact.keys("user")
+    return artifact.key_map("user")
 
 
 def _typed(key: str, key_type: str) -> int | str:
@@ -475,6 +507,8 @@ _COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "doctor": _doctor,
     "config": _config,
     "sessions": _sessions,
+    "profile": sizing.profile,
+    "plan": sizing.plan,
     "train": _train,
     "tune": _tune,
     "export": _export,
@@ -482,6 +516,7 @@ _COMMANDS: dict[str, Callable[[Arguments], int]] = {
     "submit": _submit,
     "serve": _serve,
     "query": _query,
+    "versions": _versions,
     "demo": _demo,
 }
 

@@ -56,7 +56,8 @@ class DataSettings:
     query_features: tuple[str, ...] = setting(
         (),
         "columns of a session for the query tower: integers and strings are categories, lists of these are pooled, "
-        "floats are standardised numbers, fixed_size_lists of floats are vectors",
+        "with weights where they are maps to floats, floats are standardised numbers, fixed_size_lists of floats are "
+        "vectors",
         kind="two_tower",
     )
     item_features: str = setting(
@@ -83,6 +84,51 @@ class KeySettings:
 
     min_count: int = setting(1, "keys seen less often than this are unknown", low=1)
     unknown: Literal["skip", "row"] = setting("skip", "unknown keys are left out, or share one trained row")
+    budget: str = setting(
+        "",
+        "memory for all tables and their optimiser state, over all workers, like 2GiB: tables whose map is auto then "
+        "share rows where that is not enough; empty: no limit",
+    )
+
+
+@dataclass(frozen=True)
+class TableSettings:
+    """How the keys of one table find their vectors; a section each, by the table's name."""
+
+    map: Literal["auto", "exact", "hashed", "head_tail", "quotient_remainder"] = setting(
+        "auto",
+        "exact: every key has its row; hashed: every key is a sum of `hashes` rows that it shares; head_tail: the most "
+        "frequent keys have their rows, the others are hashed; quotient_remainder: every key is made of a pair of rows "
+        "that only it has; auto: exact, or head_tail where keys.budget asks for it",
+    )
+    rows: int = setting(0, "rows of the table; 0: by compression", low=0)
+    compression: float = setting(0.0, "how many times fewer bytes than exact; 0: by rows", low=0.0)
+    head: float = setting(0.5, "head_tail: share of the rows that frequent keys have to themselves", low=0.0, high=1.0)
+    hashes: int = setting(2, "hashed, head_tail: rows that a key is the sum of", low=1, high=8)
+    learned_weights: bool = setting(False, "hashed, head_tail: every key learns how much of each of its rows it takes")
+    combine: Literal["product", "sum"] = setting(
+        "product",
+        "quotient_remainder: what a key makes of its two rows r and q, r * (1 + q) or r + q; the sum diverges easily, "
+        "as very many keys share a q",
+    )
+    vocabulary: bool = setting(
+        True,
+        "false: keys are not listed anywhere but hashed as they come, which takes no memory however many there are; "
+        "for map = hashed of user and query features, with `rows`",
+    )
+    dim: int = setting(0, "dimension of the table, for towers with hidden layers; 0: model.dim", low=0, high=4096)
+    precision: Literal["", "fp32", "fp16"] = setting("", "precision of the table; empty: model.precision")
+    disk: str = setting(
+        "",
+        "folder on a local disk where the table lies, mapped into memory, for one larger than memory on CPU; every "
+        "worker needs it; empty: in memory",
+    )
+    vectors: str = setting(
+        "",
+        "file of vectors to start from, word2vec's text or binary format (gensim's, too) or Parquet with columns `key` "
+        "and `vector`; keys that it does not have start as always",
+    )
+    frozen: bool = setting(False, "the vectors are not trained: those of `vectors`, or of the run named by train.grow")
 
 
 @dataclass(frozen=True)
@@ -242,6 +288,11 @@ class ModelSettings:
 class TrainSettings:
     """How it is learned."""
 
+    grow: str = setting(
+        "",
+        "run whose last checkpoint this one begins with: keys that both know keep their vectors, new ones start as "
+        "always; empty: none",
+    )
     epochs: int = setting(10, "passes over the training sessions", low=1)
     batch_size: int = setting(
         2048, "two_tower: examples per worker and step; item2vec: items per worker and step", low=1
@@ -299,6 +350,11 @@ class ClusterSettings:
     workers: int = setting(1, "workers; 1 runs inline without Ray unless `engine` says otherwise", low=1)
     engine: Literal["auto", "inline", "ray"] = setting("auto", "auto: inline for one worker, Ray Train for more")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    uvm_caching: bool = setting(
+        False,
+        "cuda: tables lie in the machine's memory, and the GPU holds a cache of a fifth of their rows (FBGEMM's UVM "
+        "caching): larger tables, slower steps",
+    )
     address: str = setting("", "Ray cluster to join (`auto`, or host:port); empty: a local one is started")
     max_failures: int = setting(
         3, "restarts after a worker's death before the run gives up; -1: no limit. Errors are not retried", low=-1
@@ -329,6 +385,29 @@ class ExportSettings:
     threads: int = setting(
         0, "threads that export shards and build indexes where there is no Ray cluster; 0: one per core", low=0
     )
+    attributes: str = setting(
+        "",
+        "Parquet side table to filter answers by: `item`, and columns of strings, whole numbers or true / false",
+    )
+    cases: str = setting("", "Parquet of held-out sessions, `history` and `items`, published along for serve.gates")
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What a version must show before it goes live while the service runs; a limit of 0 lets everything pass."""
+
+    min_ann_recall: float = setting(0.9, "least recall of its indexes against exact search", low=0.0, high=1.0)
+    min_recall_ratio: float = setting(0.95, "least catalogue recall on `cases`, as a share of the live one's", low=0.0)
+    min_coverage: float = setting(0.8, "least share of the live version's keys that it has", low=0.0, high=1.0)
+    min_alignment: float = setting(
+        0.0, "least mean cosine of shared items with the live version after orthogonal alignment", low=0.0, high=1.0
+    )
+    min_overlap: float = setting(0.02, "least share of neighbours that shared items keep", low=0.0, high=1.0)
+    cases: str = setting("", "Parquet of held-out sessions, `history` and `items`; empty: the version's cases.parquet")
+    recall_k: int = setting(20, "recall@k of min_recall_ratio", low=1, high=1000)
+    overlap_k: int = setting(10, "neighbours of min_overlap", low=1, high=1000)
+    sample: int = setting(1000, "shared items that alignment and overlap are measured on", low=1, high=100_000)
+    max_cases: int = setting(5000, "held-out sessions that are asked at most, evenly spread", low=1)
 
 
 @dataclass(frozen=True)
@@ -341,6 +420,11 @@ class ServeSettings:
     max_k: int = setting(1000, "largest k a request may ask for", low=1)
     max_batch: int = setting(10_000, "most queries in one request", low=1)
     max_body_bytes: int = setting(32 * 2**20, "largest request body", low=1024)
+    token_file: str = setting("", "file with the token that changes ask for; empty: the environment's LEXSHARD_TOKEN")
+    read_token_file: str = setting(
+        "", "file with the token that questions ask for; empty: LEXSHARD_READ_TOKEN, and without it they are open"
+    )
+    gates: GateSettings = GateSettings()
 
 
 @dataclass(frozen=True)
@@ -350,6 +434,7 @@ class Config:
     run: str = setting("runs/default", "folder of the run, local or mounted: checkpoints, metrics, artifacts")
     data: DataSettings = DataSettings()
     keys: KeySettings = KeySettings()
+    tables: dict[str, TableSettings] = field(default_factory=dict)  # item, user, query_<feature>, item_<feature>
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
     cluster: ClusterSettings = ClusterSettings()
@@ -406,13 +491,18 @@ def describe(config: Config) -> Iterator[tuple[str, Any, Any, str]]:
 def to_toml(config: Config) -> str:
     """`config` as a TOML file with every setting's documentation as a comment."""
     lines: list[str] = []
-    section = None
+    section = ""
     for path, value, _, doc in describe(config):
-        *parents, name = path.split(".")
-        if parents and parents[0] != section:
-            section = parents[0]
+        parents, _, name = path.rpartition(".")
+        if parents != section:
+            section = parents
             lines += ["", f"[{section}]"]
         lines += [f"# {doc}", f"{name} = {_toml_value(value)}"]
+    if not config.tables:
+        lines += ["", "# a table of its own kind: item (history, too), user, query_<feature> or item_<feature>"]
+        lines.append("# [tables.item]")
+        for spec in dataclasses.fields(TableSettings):
+            lines += [f"# # {spec.metadata['doc']}", f"# {spec.name} = {_toml_value(spec.default)}"]
     return "\n".join(lines).lstrip() + "\n"
 
 
@@ -442,6 +532,9 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any
         path = f"{prefix}{spec.name}"
         if dataclasses.is_dataclass(value):
             yield from _leaves(value, f"{path}.")
+        elif isinstance(value, dict):
+            for name, part in value.items():
+                yield from _leaves(part, f"{path}.{name}.")
         else:
             yield path, spec, value
 
@@ -476,6 +569,14 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
             raise SettingError(path, _unknown(name, list(specs)))
         if dataclasses.is_dataclass(hints[name]):
             values[name] = _build(typing.cast(type, hints[name]), value, f"{path}.")
+        elif typing.get_origin(hints[name]) is dict:  # sections that the user names
+            if not isinstance(value, Mapping):
+                raise SettingError(path, f"holds sections, not a value ({value!r})")
+            part = typing.get_args(hints[name])[1]
+            for one in value:
+                if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", one):
+                    raise SettingError(f"{path}.{one}", "is no section's name: letters, digits and _")
+            values[name] = {one: _build(part, value[one], f"{path}.{one}.") for one in sorted(value)}
         else:
             values[name] = _check(path, value, hints[name], specs[name].metadata)
     return cls(**values)

@@ -12,14 +12,14 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 import ray.train.torch
 from pyarrow import fs
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from torch.distributed import DistError
@@ -65,7 +65,7 @@ def run_on_ray(
     listener: Listener,
 ) -> Json:
     """`launch` on Ray Train workers; see there."""
-    with _cluster(address, num_cpus=max(num_cores(), workers)), open_mailbox(listener) as mailbox:
+    with ray_cluster(address, num_cpus=max(num_cores(), workers)), open_mailbox(listener) as mailbox:
         kind = _device_of(device, workers)
         _announce_shortage(workers, kind, listener)
         job = {"fn": fn, "settings": settings, "device": kind, "threads": threads, "mailbox": mailbox}
@@ -112,7 +112,7 @@ def _run_once(job: dict[str, Any], *, workers: int, kind: str, storage: str, nam
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         for failure in getattr(error, "worker_failures", {}).values():
-            if isinstance(failure, _UserError):
+            if isinstance(failure, UserError):
                 raise failure.rebuild() from None
         raise
     except RayError as error:  # not a worker: Ray's own controller, or the cluster under it
@@ -135,12 +135,12 @@ def _work(job: dict[str, Any]) -> str:
         ):
             return json.dumps(job["fn"](job["settings"]))
     except LexshardError as error:
-        raise _UserError(type(error), error.args, vars(error)) from None
+        raise UserError(type(error), error.args, vars(error)) from None
     finally:
         letters.flush()
 
 
-class _UserError(Exception):
+class UserError(Exception):
     """A LexshardError on its way to the launching process, whatever its constructor looks like."""
 
     def __init__(self, kind: type[LexshardError], values: tuple[Any, ...], attributes: dict[str, Any]) -> None:
@@ -157,7 +157,7 @@ class _UserError(Exception):
 
 
 @contextmanager
-def _cluster(address: str, *, num_cpus: int) -> Iterator[None]:
+def ray_cluster(address: str, *, num_cpus: int) -> Iterator[None]:
     """A connection to Ray; whatever was started or joined here is stopped or left with the block, and nothing else."""
     own = not address and not ray.is_initialized()
     for variable, value in (_RAY_SETTINGS | (_LOCAL_RAY_SETTINGS if own else {})).items():
@@ -175,43 +175,11 @@ def _cluster(address: str, *, num_cpus: int) -> Iterator[None]:
         else:
             start_local_ray(num_cpus=num_cpus, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise LaunchError(f"{where}: {_first_line(error)}") from None
+        raise LaunchError(f"{where}: {first_line(error)}") from None
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def ray_tasks(
-    fn: Any, settings: Json, tasks: Sequence[Json], *, address: str, threads: int
-) -> Iterator[tuple[int, Json]]:
-    """`cluster.tasks.run_tasks` on Ray; see there."""
-    with _cluster(address, num_cpus=max(1, threads)):
-        remote: Any = ray.remote(num_cpus=1, max_retries=3)(_run_task)
-        shared = ray.put(settings)
-        running = {remote.remote(fn, shared, task): i for i, task in enumerate(tasks)}
-        try:
-            while running:
-                done, _ = ray.wait(list(running))
-                for reference in done:
-                    yield running.pop(reference), json.loads(ray.get(reference))
-        except RayTaskError as error:
-            if isinstance(error.cause, _UserError):
-                raise error.cause.rebuild() from None
-            raise LaunchError(f"a task failed: {type(error.cause).__name__}: {_first_line(error.cause)}") from error
-        except RayError as error:
-            raise LaunchError(f"a task cannot be run: {_first_line(error)}") from error
-        finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
-
-
-def _run_task(fn: Any, settings: Json, task: Json) -> str:
-    """What a Ray task runs: `fn`. Returns its result as JSON."""
-    try:
-        return json.dumps(fn(settings, task))
-    except LexshardError as error:
-        raise _UserError(type(error), error.args, vars(error)) from None
 
 
 def _check_reachable(address: str) -> None:
@@ -301,7 +269,7 @@ def _error_of_fn(error: ray.train.TrainingFailedError) -> str | None:
         return None
     for rank, failure in sorted(failures.items()):
         if not _is_lost_connection(failure):
-            return f"worker {rank} failed: {type(failure).__name__}: {_first_line(failure)}"
+            return f"worker {rank} failed: {type(failure).__name__}: {first_line(failure)}"
     return None
 
 
@@ -326,9 +294,9 @@ def _reason(error: ray.train.TrainingFailedError) -> str:
         if _is_death(failure):
             return f"worker {rank} died (killed, out of memory, or crashed)"
     for rank, failure in sorted(failures.items()):
-        return f"worker {rank} failed: {type(failure).__name__}: {_first_line(failure)}"
+        return f"worker {rank} failed: {type(failure).__name__}: {first_line(failure)}"
     cause: BaseException = getattr(error, "controller_failure", error)
-    return "a worker died (killed, out of memory, or crashed)" if isinstance(cause, RayError) else _first_line(cause)
+    return "a worker died (killed, out of memory, or crashed)" if isinstance(cause, RayError) else first_line(cause)
 
 
 def _too_often(failures: int, max_failures: int, reason: str) -> str:
@@ -337,7 +305,8 @@ def _too_often(failures: int, max_failures: int, reason: str) -> str:
     return f"{reason}; the workers failed {times} and {allowed} allowed (cluster.max_failures)"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 

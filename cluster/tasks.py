@@ -19,16 +19,18 @@ def run_tasks(
 
     fn: a module-level function that may be called in many threads, and again for a task whose machine has died;
         `settings`, a task and what it returns are JSON-able.
+    threads: of this process; where a local Ray has to be started, its cores.
     engine: `ray` runs Ray tasks of one core each; `inline` this process's `threads`; `auto` Ray where `address` or
         RAY_ADDRESS names a cluster, and else threads.
 
-    Raises what `fn` raised; tasks that have not begun are then left out.
+    Raises what `fn` raised if that is a LexshardError or if it ran in a thread; LaunchError where it raised anything
+    else in a Ray task, or the task's workers died too often. Tasks that have not begun are then left out.
     """
     address = address or os.environ.get("RAY_ADDRESS", "")
     if not tasks:
         return
     if engine == "ray" or (engine == "auto" and address):
-        from cluster.ray_train import ray_tasks
+        from cluster.ray_tasks import ray_tasks
 
         yield from ray_tasks(fn, settings, tasks, address=address, threads=threads)
         return

@@ -22,16 +22,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from cluster.errors import ArtifactError, LaunchError, SettingError
+from cluster.errors import LaunchError
 from embedding_service.artifact import Artifact
+from embedding_service.http_access import find_access
 from embedding_service.http_api import HttpApi
+from embedding_service.http_artifact import http_api
+from embedding_service.http_management import Management
 from embedding_service.http_ports import check_port, high_throughput_environment
-from embedding_service.http_schema import Catalogue, FeatureType, Limits
-from embedding_service.keys import Vocabulary
-from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
-from embedding_service.towers import TowerInput
+from embedding_service.http_schema import Limits
+from embedding_service.http_service import HttpService
+from embedding_service.live_versions import LiveVersions
+from embedding_service.overlay import Overlay
+from embedding_service.service_args import ServiceArgs, begin_with, checked_args, store_of
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -47,105 +49,40 @@ _CHECK_SECONDS = 0.5
 _POLL_SECONDS = 0.05
 
 
-class ServiceArgs(BaseModel):
-    """`args` of a Serve config file; only `artifact` is required."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    artifact: str = Field(min_length=1, description="folder of a version, or the root with CURRENT, on every node")
-    replicas: int = Field(1, ge=1)
-    threads: int = Field(1, ge=1, description="threads, and CPUs reserved, per replica; batches use them all")
-    gpus: float = Field(0.0, ge=0.0, description="GPUs reserved per replica, for a FAISS index on the GPU")
-    verify: bool = Field(True, description="compare all files with the manifest's checksums when a replica starts")
-    max_k: int = Field(Limits.max_k, ge=1)
-    max_batch: int = Field(Limits.max_batch, ge=1)
-    max_body_bytes: int = Field(Limits.max_body_bytes, ge=1024)
-    max_session: int = Field(Limits.max_session, ge=1)
-    max_results: int = Field(Limits.max_results, ge=1)
-
-    def limits(self) -> Limits:
-        return Limits(**{name: getattr(self, name) for name in vars(Limits())})
-
-
 class Replica:
-    """One process that holds the artifact and answers HTTP."""
+    """One process that holds the versions that are served and answers HTTP."""
 
     def __init__(self, args: dict[str, Any]) -> None:
         settings = ServiceArgs.model_validate(args)
-        artifact = Artifact.open(settings.artifact, verify=settings.verify)
-        self._api = http_api(artifact, settings.limits(), threads=settings.threads)
+        access = find_access(settings.token_file, settings.read_token_file)
+        store = store_of(settings.artifact)
 
-    def __serve_build_asgi_app__(self) -> HttpApi:
-        return self._api
+        def open_version(version: str, verify: bool) -> HttpApi:
+            folder = store.folder(version) if store is not None else Path(settings.artifact)
+            overlay = Overlay(store.overlay_file(version) if store is not None else None)
+            artifact = Artifact.open(folder, verify=verify)
+            return http_api(artifact, settings.limits(), threads=settings.threads, overlay=overlay)
 
+        versions = LiveVersions(settings.start, open_version, store, verify=settings.verify)
+        gates = settings.gates.gates()
+        management = Management(versions, store, access, gates, admit_seconds=settings.admit_seconds)
+        self._service = HttpService(versions, management, access)
 
-def http_api(artifact: Artifact, limits: Limits = Limits(), *, threads: int = 1) -> HttpApi:  # noqa: B008 (frozen)
-    """The ASGI application over `artifact`, warmed up. Raises ArtifactError for one that lacks an index or a tower."""
-    check_servable(artifact)
-    manifest = artifact.manifest
-
-    def key_map(vectors: str) -> Vocabulary:
-        return artifact.keys(manifest["vectors"][vectors]["keys"])
-
-    index = manifest["indexes"][RECOMMEND]
-    items = key_map(index["vectors"])
-    inputs = {block.source: block for block in artifact.query_tower().spec.inputs}
-    users = key_map(inputs["user"].vectors) if "user" in inputs else None
-
-    def feature_type(block: TowerInput) -> FeatureType:
-        if block.encoder == "project":
-            return FeatureType(width=block.width)
-        return FeatureType(key_map(block.vectors).key_type, is_list=block.encoder in ("mean", "sum"))
-
-    features = {
-        name: feature_type(block)
-        for name, block in sorted(inputs.items())
-        if name not in ("history", "last_item", "user")
-    }
-    catalogue = Catalogue(
-        version=artifact.version,
-        num_items=len(items.keys),
-        dim=index["dim"],
-        key_type=items.key_type,
-        user_type=None if users is None else users.key_type,
-        features=features,
-        details={"model": _model_kind(manifest["lineage"]), "figures": manifest["figures"]},
-    )
-    api = HttpApi(Retriever(artifact, threads=threads), catalogue, items, users, limits=limits, threads=max(2, threads))
-    api.warm_up()
-    return api
-
-
-def _model_kind(lineage: Mapping[str, Any]) -> str | None:
-    """What was trained; nothing else of the lineage is published: its config names the paths of the data."""
-    try:
-        return str(lineage["config"]["model"]["kind"])
-    except (KeyError, TypeError):
-        return None
-
-
-def check_servable(artifact: Artifact) -> None:
-    """Raise ArtifactError for an artifact that lacks the query tower or an index that the endpoints need."""
-    indexes = artifact.manifest["indexes"]
-    if not {RECOMMEND, SIMILAR} <= indexes.keys() or artifact.manifest["query_tower"] is None:
-        raise ArtifactError(
-            f"{artifact.path}: a service needs a query tower and the indexes {RECOMMEND} and {SIMILAR}; "
-            f"indexes here: {', '.join(indexes) or 'none'}"
-        )
+    def __serve_build_asgi_app__(self) -> HttpService:
+        return self._service
 
 
 def build(args: Mapping[str, Any]) -> Application:
     """The Serve application of a config file's `args`, see `ServiceArgs`.
 
-    Raises SettingError for an argument that is unknown or wrong. The artifact's version is fixed here: all replicas
-    serve the same one, and one that is started later too, whatever CURRENT says by then.
+    Raises SettingError for an argument that is unknown or wrong. The version that it begins with is fixed here: all
+    replicas serve the same one, and one that is started later too, whatever CURRENT says by then, until another one is
+    activated.
     """
     from ray import serve
 
-    settings = _checked(args)
-    artifact = Artifact.open(settings.artifact, verify=False)
-    check_servable(artifact)
-    settings = settings.model_copy(update={"artifact": str(Path(artifact.path).absolute())})
+    settings = begin_with(checked_args(args))
+    find_access(settings.token_file, settings.read_token_file)
     options = deployment_options(replicas=settings.replicas, threads=settings.threads, gpus=settings.gpus)
     deployment: Any = serve.deployment(**options)  # typed as if it were called on the class itself
     application: Application = deployment(serve.ingress()(Replica)).bind(settings.model_dump())
@@ -165,21 +102,12 @@ def deployment_options(*, replicas: int = 1, threads: int = 1, gpus: float = 0.0
         "num_replicas": replicas,
         "ray_actor_options": resources,
         "max_ongoing_requests": 256,
-        "max_queued_requests": 1024,
+        "max_queued_requests": 256,  # more would only wait: they are told to come back
+        "backpressure_config": {"status_code": 503, "retry_after_s": 1},
         "max_constructor_retry_count": 1,
         "graceful_shutdown_timeout_s": 10.0,
         "logging_config": _QUIET,
     }
-
-
-def _checked(args: Mapping[str, Any]) -> ServiceArgs:
-    try:
-        return ServiceArgs.model_validate(dict(args))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = ".".join(["args", *map(str, first["loc"])])
-        known = f"; known are {', '.join(ServiceArgs.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise SettingError(path, f"{first['msg']}{known}; got {first['input']!r}") from None
 
 
 def serve_artifact(
@@ -191,11 +119,13 @@ def serve_artifact(
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     threads: int = 0,
     address: str = "",
+    **options: Any,
 ) -> Service:
     """Serve an artifact over HTTP and return once it answers; `Service.wait` then blocks until Ctrl-C or SIGTERM.
 
     `address` is a Ray cluster to join; without it, and if this process has not joined one, a local Ray is started,
-    and stopped with the service. `threads` per replica: 0 shares this machine's cores among the replicas.
+    and stopped with the service. `threads` per replica: 0 shares this machine's cores among the replicas. `options` are
+    further `ServiceArgs`: tokens and gates.
 
     On the main thread SIGTERM is a KeyboardInterrupt from here until the service has stopped, and so never leaves
     HAProxy behind.
@@ -206,18 +136,18 @@ def serve_artifact(
     service = Service(host, port)
     service.catch_sigterm()
     try:
-        artifact = Artifact.open(path)
-        service.start(_args_of(artifact, replicas=replicas, threads=threads, limits=limits), address)
+        Artifact.open(path)
+        service.start(_args_of(path, replicas=replicas, threads=threads, limits=limits) | options, address)
     except BaseException:
         service.stop()
         raise
     return service
 
 
-def _args_of(artifact: Artifact, *, replicas: int, threads: int, limits: Limits) -> dict[str, Any]:
+def _args_of(path: str | Path, *, replicas: int, threads: int, limits: Limits) -> dict[str, Any]:
     """`args` of `build`."""
     return {
-        "artifact": str(artifact.path),
+        "artifact": str(path),
         "replicas": replicas,
         "threads": threads or max(1, (os.cpu_count() or 1) // replicas),
         "verify": False,  # just done

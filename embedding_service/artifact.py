@@ -6,6 +6,7 @@
                      vectors/<name>.npy            fp32, fp16 or int8 [rows, dim]; int8 also <name>.scale.npy [rows]
                      indexes/<name>.faiss          FAISS index; its settings in .faiss.json, its curve as .faiss.svg
                      query_tower.safetensors       weights of the query tower (its description is in the manifest)
+                     attributes.parquet, cases.parquet    side files, if there are any
 
 A version appears by one rename, complete, or not at all. What a killed writer leaves is a folder `.tmp-*` that the
 next writer on the same root removes.
@@ -36,17 +37,22 @@ from cluster.errors import ArtifactError
 from cluster.storage import checksum, publish_folder, remove_folder, sync_folder, write_atomic, write_json
 from embedding_service import manifest as schema
 from embedding_service.exact import Metric
+from embedding_service.faiss_header import check_index_file
+from embedding_service.hashed_keys import HashedKeys, KeyMap
 from embedding_service.index import Device, VectorIndex
 from embedding_service.keys import Vocabulary
 from embedding_service.manifest import Manifest, parse_manifest, tower_spec
+from embedding_service.mapped_vectors import MappedVectors
 from embedding_service.quantize import Precision
 from embedding_service.recall_plot import recall_plot
+from embedding_service.row_maps import RowMap, weight_table
 from embedding_service.towers import Tower, TowerSpec
 from embedding_service.tuning import Queries, tuned_index
 from embedding_service.vectors import VectorSet, VectorSink
 
 MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
+SIDE_FILES = ("attributes.parquet", "cases.parquet")  # see `attributes` and `gates`
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,127}")
 
 
@@ -84,9 +90,15 @@ class Artifact:
         return artifact
 
     def keys(self, name: str) -> Vocabulary:
-        """The key map `name`. Raises ArtifactError if there is none or it does not fit the manifest."""
+        """The vocabulary of the key map `name`. Raises ArtifactError if there is none or it does not fit the
+        manifest.
+        """
         if name not in self._keys:
             entry = self._entry("key map", self._manifest.keys, name)
+            if entry.hashed:
+                raise ArtifactError(
+                    f"{self.path}: the keys of {name!r} are hashed, not listed: they have no vocabulary"
+                )
             vocabulary = Vocabulary.load(self.path / entry.file)
             found = (len(vocabulary.keys), vocabulary.key_type, vocabulary.unknown)
             if found != (entry.keys, entry.key_type, entry.unknown):
@@ -94,8 +106,26 @@ class Artifact:
             self._keys[name] = vocabulary
         return self._keys[name]
 
+    def key_map(self, name: str) -> KeyMap:
+        """The key map `name`, with a vocabulary or without. Raises ArtifactError as `keys` does."""
+        entry = self._entry("key map", self._manifest.keys, name)
+        if not entry.hashed:
+            return self.keys(name)
+        hashed = HashedKeys.load(self.path / entry.file)
+        if (hashed.num_keys, hashed.key_type, hashed.unknown) != (entry.keys, entry.key_type, entry.unknown):
+            raise ArtifactError(f"{self.path / entry.file}: is not what the manifest says of it")
+        return hashed
+
+    def vectors_by_id(self, name: str) -> VectorSet | MappedVectors:
+        """The vector set `name` by the ids of its key map, which may share its rows."""
+        stored = self.vectors(name)
+        entry = self._manifest.vectors[name].map
+        if entry is None:
+            return stored
+        return MappedVectors(entry.row_map(), stored, None if entry.weights is None else self.vectors(entry.weights))
+
     def vectors(self, name: str) -> VectorSet:
-        """The vector set `name`, memory-mapped. Raises ArtifactError if there is none."""
+        """The vector set `name` as it is stored, memory-mapped. Raises ArtifactError if there is none."""
         entry = self._entry("vector set", self._manifest.vectors, name)
         scale = None if entry.scale_file is None else self.path / entry.scale_file
         return VectorSet.open(self.path / entry.file, scale, rows=entry.rows, dim=entry.dim, precision=entry.precision)
@@ -117,6 +147,8 @@ class Artifact:
     def index(self, name: str) -> VectorIndex:
         """The index `name`. Raises ArtifactError if there is none or it misfits."""
         entry = self._entry("index", self._manifest.indexes, name)
+        width = entry.dim + (entry.arrangement == "augmented")
+        check_index_file(self.path / entry.file, rows=entry.rows, width=width)
         index = VectorIndex.load(self.path / entry.file)
         found = (index.rows, index.dim, index.metric, index.arrangement, index.parameters)
         if found != (entry.rows, entry.dim, entry.metric, entry.arrangement, entry.parameters):
@@ -164,17 +196,20 @@ class ArtifactWriter:
         for part in ("keys", "vectors", "indexes"):
             (self.folder / part).mkdir()
 
-    def add_keys(self, name: str, vocabulary: Vocabulary) -> None:
+    def add_keys(self, name: str, keys: KeyMap) -> None:
         """Write the key map `name`."""
         self._check_new("key map", self._key_maps, name)
-        file = f"keys/{name}.arrow"
-        vocabulary.save(self.folder / file)
-        self._vocabularies[name] = vocabulary
+        hashed = isinstance(keys, HashedKeys)
+        file = f"keys/{name}.json" if hashed else f"keys/{name}.arrow"
+        keys.save(self.folder / file)
+        if isinstance(keys, Vocabulary):
+            self._vocabularies[name] = keys
         self._key_maps[name] = {
             "file": file,
-            "keys": len(vocabulary.keys),
-            "key_type": vocabulary.key_type,
-            "unknown": vocabulary.unknown,
+            "keys": keys.num_keys,
+            "key_type": keys.key_type,
+            "unknown": keys.unknown,
+            **({"hashed": True} if hashed else {}),
         }
 
     def add_vectors(
@@ -185,12 +220,38 @@ class ArtifactWriter:
         `rows` is the number of keys of the key map `keys`, or one more for the unknown row. `normalized` promises unit
         (or zero) length, which the sink checks.
         """
-        self._check_new("vector set", self._vectors, name)
-        if keys not in self._vocabularies:
-            raise ArtifactError(f"vector set {name!r}: add key map {keys!r} first")
-        num_keys = len(self._vocabularies[keys].keys)
+        num_keys = self._num_keys(name, keys)
         if rows not in (num_keys, num_keys + 1):
             raise ArtifactError(f"vector set {name!r}: {rows} rows do not fit the {num_keys} keys of {keys!r}")
+        return self._add_sink(name, rows, dim, keys, precision, normalized)
+
+    def add_shared_vectors(
+        self, name: str, map: RowMap, *, dim: int, keys: str, precision: Precision
+    ) -> tuple[VectorSink, VectorSink | None]:
+        """The sinks for the shared rows of the vector set `name` and for its learned weights, if it has any.
+
+        What is looked up in it are ids of the key map `keys`, which `map` gives their rows.
+        """
+        num_keys = self._num_keys(name, keys)
+        if map.ids not in (num_keys, num_keys + 1):
+            raise ArtifactError(f"vector set {name!r}: a map of {map.ids} ids does not fit {num_keys} keys")
+        sink = self._add_sink(name, map.rows, dim, keys, precision, False)
+        self._vectors[name]["map"] = map.to_dict()
+        if not map.weight_rows:
+            return sink, None
+        weights = weight_table(name)
+        self._vectors[name]["map"]["weights"] = weights
+        return sink, self._add_sink(weights, map.weight_rows, map.weight_width, keys, "fp32", False)
+
+    def _num_keys(self, name: str, keys: str) -> int:
+        self._check_new("vector set", self._vectors, name)
+        if keys not in self._key_maps:
+            raise ArtifactError(f"vector set {name!r}: add key map {keys!r} first")
+        return int(self._key_maps[keys]["keys"])
+
+    def _add_sink(
+        self, name: str, rows: int, dim: int, keys: str, precision: Precision, normalized: bool
+    ) -> VectorSink:
         file = f"vectors/{name}.npy"
         scale_file = f"vectors/{name}.scale.npy" if precision == "int8" else None
         scale = None if scale_file is None else self.folder / scale_file
@@ -207,6 +268,17 @@ class ArtifactWriter:
         file = "query_tower.safetensors"
         save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, self.folder / file)
         self._tower = {"spec": json.loads(json.dumps(spec.to_dict())), "file": file}
+
+    def add_file(self, name: str, source: str | Path) -> None:
+        """Take a side file along: the attributes that filters ask for, or the held-out sessions of the gates.
+
+        Raises ArtifactError for another name and a file that is not there.
+        """
+        if name not in SIDE_FILES:
+            raise ArtifactError(f"side file {name!r}: an artifact takes {' and '.join(SIDE_FILES)}")
+        if not Path(source).is_file():
+            raise ArtifactError(f"{source}: there is no such file to publish as {name}")
+        shutil.copyfile(source, self.folder / name)
 
     def add_index(
         self,

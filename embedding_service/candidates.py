@@ -14,7 +14,8 @@ from embedding_service.ragged import Ragged
 from embedding_service.vectors import VectorSet
 
 _SPARE = 8  # rows fetched beyond k from an exhaustive index, so that rounding does not decide who is k-th
-_SHARE = 64  # queries that a thread takes at a time at least: fewer are answered before a second one has begun
+_SHARE = 16  # queries that a thread takes at a time at least
+_ROWS_PER_QUERY = 16_384  # and one for so many rows: FAISS clears a note per row for each share
 _NO_ROWS = np.empty(0, np.int64)
 
 
@@ -74,7 +75,7 @@ class Candidates:
         if self._index is None:
             return first_unseen(*exact_search(queries, self.vectors, wanted, metric=self._metric), seen, k)
         scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        shares = _shares(len(queries), self._threads)
+        shares = _shares(len(queries), self._threads, max(_SHARE, self.rows // _ROWS_PER_QUERY))
         todo = iter(shares)
 
         def work() -> None:
@@ -107,11 +108,11 @@ class Candidates:
             scores[members], rows[members] = first_unseen(*exact, seen.take(members), scores.shape[1])
 
 
-def _shares(num: int, threads: int) -> list[slice]:
+def _shares(num: int, threads: int, smallest: int) -> list[slice]:
     """Large shares first, small ones last, so that all threads end together."""
     shares, start = [], 0
     while start < num:
-        size = max(_SHARE, (num - start) // (2 * threads))
+        size = max(smallest, (num - start) // (2 * threads))
         shares.append(slice(start, min(num, start + size)))
         start += size
     return shares

@@ -1,7 +1,8 @@
-"""Compiled kernels behind `hashing` and `keys`: the two stable hashes and an open-addressing table of rows.
+"""Compiled kernels behind `hashing`, `keys` and `row_maps`: the two stable hashes, hashed rows, and an open-addressing
+table of rows.
 
 Importing this file loads numba and compiles (the first time on a machine) or reads from numba's cache the functions
-below, so `hashing` and `keys` import it when they are first used, not when they are imported. All kernels are in this
+below, so they import it when they are first used, not when they are imported. All kernels are in this
 one file because numba notices a changed file, but not a change in another file that the cached code was inlined from.
 They release the GIL and neither read nor write out of bounds for the arguments that `keys` gives them.
 
@@ -142,6 +143,31 @@ def hash_int64(keys: Any, seed: Any, out: Any) -> None:
 def hash_bytes(offsets: Any, data: Any, seed: Any, out: Any) -> None:
     for i in range(len(out)):
         out[i] = xxh64(data, offsets[i], offsets[i + 1], seed)
+
+
+@_kernel(types.void, _INT64S_IN, _I64, _I64, _I64, _INT64S)
+def hash_rows(ids: Any, head: Any, shared: Any, hashes: Any, out: Any) -> None:
+    """Ids below `head` have one row, their own; the others `hashes` of the `shared` rows behind these, by seeds 1, 2...
+
+    out: as many rows as that is for all `ids`, one id after the other.
+    """
+    at = 0
+    for i in range(len(ids)):
+        if ids[i] < head:
+            out[at] = ids[i]
+            at += 1
+        else:
+            for j in range(hashes):
+                hashed = mix(np.uint64(ids[i]), np.uint64(j + 1))
+                out[at] = head + np.int64(hashed % np.uint64(shared))
+                at += 1
+
+
+@_kernel(types.void, _INT64S_IN, _U64, _I64, _INT64S)
+def hash_places(ids: Any, seed: Any, places: Any, out: Any) -> None:
+    """out[i] = one of `places` places for ids[i]."""
+    for i in range(len(ids)):
+        out[i] = np.int64(mix(np.uint64(ids[i]), seed) % np.uint64(places))
 
 
 @_inner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from embedding_service.hashed_keys import KeyMap
 from embedding_service.http_arrow import read_vectors, write_results
 from embedding_service.http_schema import Catalogue, Key, KeyType, Limits, Problem, RequestModels
+from embedding_service.selective import SelectiveRetriever, Wishes
 
 Parameters = list[tuple[str, str]]
 
@@ -45,15 +47,6 @@ class Retrieval(Protocol):
         features: Mapping[str, Sequence[Any]] | None = ...,
         exclude_seen: bool = ...,
     ) -> Results: ...
-
-
-class KeyMap(Protocol):
-    """The part of `keys.Vocabulary` that tells known keys from unknown ones."""
-
-    @property
-    def keys(self) -> Any: ...
-    def row(self, key: object) -> int: ...
-    def rows(self, keys: Sequence[Any]) -> npt.NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)
@@ -96,9 +89,14 @@ class Queries:
         users: KeyMap | None = None,
         *,
         limits: Limits,
+        selective: SelectiveRetriever | None = None,
     ) -> None:
-        """`items` and `users` are the key maps of the catalogue; `users` only where its query tower sees users."""
-        self.models = RequestModels(catalogue, limits)
+        """`items` and `users` are the key maps of the catalogue; `users` only where its query tower sees users.
+
+        `selective` answers questions with wishes, and all questions while its overlay holds something.
+        """
+        self.models = RequestModels(catalogue, limits, wishes=selective is not None)
+        self._selective = selective
         self._retriever, self._items, self._users = retriever, items, users
         self._catalogue, self._limits = catalogue, limits
         self._version = catalogue.version
@@ -140,21 +138,24 @@ class Queries:
 
     def post_similar(self, body: bytes) -> Work | Single:
         asked = self.models.parse(self.models.similar, body)
+        wishes = wishes_of(asked)
         if hasattr(asked, "key"):
-            return Single(Similar(asked.k), asked.key)
-        return self._batch(len(asked.keys), asked.k, lambda: self._similar_batch(asked.keys, asked.k))
+            if not wishes:
+                return Single(Similar(asked.k), asked.key)
+            key = [asked.key]
+            return Work(1, lambda: self._document({"items": _items(self._wishing().similar(key, asked.k, wishes))[0]}))
+        return self._batch(len(asked.keys), asked.k, lambda: self._similar_batch(asked.keys, asked.k, wishes))
 
     def post_search(self, body: bytes) -> Work:
         asked = self.models.parse(self.models.search, body)
+        wishes = wishes_of(asked)
         if hasattr(asked, "vector"):
             vector = _float32([asked.vector], "vector")
-            return Work(
-                1, lambda: {"version": self._version, "items": _items(self._retriever.search(vector, asked.k))[0]}
-            )
+            return Work(1, lambda: self._document({"items": self._search(vector, asked.k, wishes)[0]}))
         vectors = _float32(asked.vectors, "vectors")
 
         def answers() -> list[dict[str, Any]]:
-            return [{"items": items} for items in _items(self._retriever.search(vectors, asked.k))]
+            return [{"items": items} for items in self._search(vectors, asked.k, wishes)]
 
         return self._batch(len(vectors), asked.k, answers)
 
@@ -169,7 +170,7 @@ class Queries:
         self._check_size(len(vectors), k)
 
         def answer() -> bytes:
-            found = self._retriever.search(vectors, k)
+            found = self._answering.search(vectors, k)
             scores = found.scores
             if found.lengths.min() < scores.shape[1]:
                 scores = scores[np.arange(scores.shape[1]) < found.lengths[:, None]]
@@ -179,18 +180,22 @@ class Queries:
 
     def post_recommend(self, body: bytes) -> Work | Single:
         asked = self.models.parse(self.models.recommend, body)
+        wishes, explain = wishes_of(asked), getattr(asked, "explain", False)
         given = getattr(asked, "features", None)
         features = given.model_dump(exclude_none=True) if given is not None else {}
         if hasattr(asked, "session"):
             user = getattr(asked, "user", None)
-            if not features:
+            if not features and not wishes and not explain:
                 return Single(Recommend(asked.k, asked.exclude_seen), (asked.session, user))
             columns = {name: [value] for name, value in features.items()}
             users = None if user is None else [user]
             one = [asked.session]
-            return Work(
-                1, lambda: self._document(self._recommend_batch(one, asked.k, users, columns, asked.exclude_seen)[0])
-            )
+
+            def answer() -> dict[str, Any]:
+                found = self._recommend_batch(one, asked.k, users, columns, asked.exclude_seen, wishes)[0]
+                return self._document(self._explained(found, asked.session) if explain else found)
+
+            return Work(1 + explain * len(asked.session), answer)
         num_sessions = len(asked.sessions)
         users = getattr(asked, "users", None)
         columns = {"users": users} if users is not None else {}
@@ -202,13 +207,13 @@ class Queries:
         return self._batch(
             num_sessions,
             asked.k,
-            lambda: self._recommend_batch(asked.sessions, asked.k, users, features, asked.exclude_seen),
+            lambda: self._recommend_batch(asked.sessions, asked.k, users, features, asked.exclude_seen, wishes),
         )
 
     def answers(self, group: Similar | Recommend, queries: list[Any]) -> list[dict[str, Any]]:
         """The documents that answer single queries of one group. Raises KeyNotFound for an unknown key of `similar`."""
         if isinstance(group, Similar):
-            found = self._retriever.similar(queries, group.k)
+            found = self._answering.similar(queries, group.k)
             return [self._document({"items": items}) for items in _items(found)]
         sessions = [session for session, _ in queries]
         users = [user for _, user in queries]
@@ -218,10 +223,56 @@ class Queries:
     def _document(self, answer: dict[str, Any]) -> dict[str, Any]:
         return {"version": self._version, **answer}
 
-    def _similar_batch(self, keys: list[Key], k: int) -> list[dict[str, Any]]:
+    def post_embed(self, body: bytes) -> Work:
+        """Vectors of items, as `search` scores them, or of sessions, as `search` takes them."""
+        assert self.models.embed is not None
+        asked = self.models.parse(self.models.embed, body)
+        sessions = getattr(asked, "sessions", None)
+        num = len(asked.keys) if sessions is None else len(sessions)
+        if num * self._catalogue.dim > 10 * self._limits.max_results:
+            message = f"{num} vectors of {self._catalogue.dim} numbers are too many: send several requests"
+            raise Problem(413, "batch_too_large", message)
+
+        def answer() -> dict[str, Any]:
+            selective = self._wishing()
+            if sessions is None:
+                return self._document({"vectors": selective.embed_items(asked.keys)})
+            return self._document({"vectors": selective.retriever.encode(sessions)[1].tolist()})
+
+        return Work(num, answer)
+
+    @property
+    def _answering(self) -> Retrieval:
+        """What answers questions without wishes now."""
+        return self._selective if self._selective is not None and self._selective.overlay.now else self._retriever
+
+    def _wishing(self) -> SelectiveRetriever:
+        assert self._selective is not None  # else the models have no such fields
+        return self._selective
+
+    def _search(self, vectors: npt.NDArray[np.float32], k: int, wishes: Wishes) -> list[list[dict[str, Any]]]:
+        return _items(self._wishing().search(vectors, k, wishes) if wishes else self._answering.search(vectors, k))
+
+    def _explained(self, found: dict[str, Any], session: Sequence[Key]) -> dict[str, Any]:
+        """`found` with what pulled each item; nothing did where the most frequent items are the answer."""
+        items = found["items"]
+        keys = [item["key"] for item in items]
+        pulls = [[] for _ in keys] if found["cold_start"] else self._wishing().explain(session, keys)
+        told = [[{"key": key, "contribution": pull} for key, pull in line] for line in pulls]
+        return {**found, "items": [{**item, "because": line} for item, line in zip(items, told, strict=True)]}
+
+    def _similar_batch(self, keys: list[Key], k: int, wishes: Wishes) -> list[dict[str, Any]]:
         known = list(_known(self._items, keys))
+        if self._selective is not None and (changes := self._selective.overlay.now):
+            known = [
+                changes.find(key) is not None or (ok and key not in changes.deleted)
+                for key, ok in zip(keys, known, strict=True)
+            ]
         found = [key for key, ok in zip(keys, known, strict=True) if ok]
-        answers = iter(_items(self._retriever.similar(found, k)) if found else [])
+        answers: Iterator[list[dict[str, Any]]] = iter(())
+        if found:
+            results = self._wishing().similar(found, k, wishes) if wishes else self._answering.similar(found, k)
+            answers = iter(_items(results))
         return [
             {"items": next(answers), "unknown": []} if ok else {"items": [], "unknown": [key]}
             for key, ok in zip(keys, known, strict=True)
@@ -234,10 +285,13 @@ class Queries:
         users: Sequence[Key | None] | None,
         features: Mapping[str, Sequence[Any]],
         exclude_seen: bool,
+        wishes: Wishes | None = None,
     ) -> list[dict[str, Any]]:
-        results = self._retriever.recommend(
-            sessions, k, users=users, features=features or None, exclude_seen=exclude_seen
-        )
+        given: dict[str, Any] = {"users": users, "features": features or None, "exclude_seen": exclude_seen}
+        if wishes:
+            results: Results = self._wishing().recommend(sessions, k, wishes=wishes, **given)
+        else:
+            results = self._answering.recommend(sessions, k, **given)
         known = iter(_known(self._items, [key for session in sessions for key in session]))
         unknown = [[key for key in session if not next(known)] for session in sessions]
         unknown_user = [False] * len(sessions)
@@ -273,6 +327,15 @@ class Queries:
         return k
 
 
+def wishes_of(asked: Any) -> Wishes:
+    """The filter and the diversity of a checked body."""
+    chosen = getattr(asked, "filter", None)
+    diversity = getattr(asked, "diversity", 0.0)
+    if chosen is None:
+        return Wishes(diversity=diversity)
+    return Wishes(chosen.allow, chosen.deny, chosen.where, diversity)
+
+
 def _items(results: Results) -> list[list[dict[str, Any]]]:
     return [
         [{"key": key, "score": score} for key, score in zip(keys, scores, strict=False)]
@@ -282,7 +345,7 @@ def _items(results: Results) -> list[list[dict[str, Any]]]:
 
 def _known(key_map: KeyMap, keys: Sequence[Any]) -> Iterable[bool]:
     """For each key whether the map has a row of its own for it."""
-    num_keys = len(key_map.keys)
+    num_keys = key_map.num_keys
     if len(keys) <= 16:
         return [0 <= key_map.row(key) < num_keys for key in keys]
     rows = key_map.rows(keys)

@@ -227,6 +227,17 @@ class VectorIndex:
             faiss.omp_set_num_threads(threads)
         return rows
 
+    def check_rows(self) -> None:
+        """Raise ArtifactError if the inverted lists name rows that do not exist: FAISS does not look."""
+        lists = getattr(_core(self._index), "invlists", None)
+        if lists is None or self._gpu is not None:
+            return
+        for number in range(int(lists.nlist)):
+            if size := int(lists.list_size(number)):
+                rows = faiss.rev_swig_ptr(lists.get_ids(number), size)
+                if rows.min() < 0 or rows.max() >= self.rows:
+                    raise ArtifactError(f"index {self.factory}: list {number} leads to rows that do not exist")
+
     def save(self, path: str | Path) -> None:
         """Write `path` (FAISS's own format, no pickle) and, next to it, `<path>.json` with the settings."""
         faiss.write_index(faiss.index_gpu_to_cpu(self._index) if self._gpu is not None else self._index, str(path))

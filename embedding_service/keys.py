@@ -137,6 +137,11 @@ class Vocabulary:
         has: npt.NDArray[np.bool_] = (rows >= 0) & (rows < len(self.keys))
         return has
 
+    @property
+    def num_keys(self) -> int:
+        """n, without the unknown row."""
+        return len(self.keys)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """128 bits of hash, in hex, over all that makes this vocabulary: keys, counts, `dropped` and `unknown`."""

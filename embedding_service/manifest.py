@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from cluster.errors import ArtifactError
-from embedding_service.towers import TowerInput, TowerSpec
+from embedding_service.row_maps import MAX_HASHES, RowMap
+from embedding_service.towers import LISTS, TowerInput, TowerSpec
 
 FORMAT = "lexshard.artifact"
 FORMAT_VERSION = 1
@@ -19,6 +20,7 @@ Name = Annotated[str, StringConstraints(pattern=rf"^{_PART}$")]
 RelativePath = Annotated[str, StringConstraints(pattern=rf"^{_PART}(/{_PART}){{0,3}}$")]  # never absolute, never `..`
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Rows = Annotated[int, Field(ge=1, le=2**40)]
+Ids = Annotated[int, Field(ge=1, le=2**62)]
 Dim = Annotated[int, Field(ge=1, le=2**16)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -34,9 +36,28 @@ class FileEntry(_Entry):
 
 class KeyMapEntry(_Entry):
     file: RelativePath
-    keys: Rows
+    keys: Ids
     key_type: Literal["int64", "string"]
     unknown: Literal["skip", "row"]
+    hashed: bool = False  # keys are hashed, not listed
+
+
+class RowMapEntry(_Entry):
+    """How ids share the rows of a vector set: the fields of `RowMap`, and the vector set of learned weights."""
+
+    kind: Literal["exact", "hashed", "head_tail", "quotient_remainder"]
+    ids: Ids
+    rows: Rows
+    head: Count
+    hashes: Annotated[int, Field(ge=1, le=MAX_HASHES)]
+    remainders: Count
+    product: bool
+    weight_rows: Count
+    weights: Name | None = None
+
+    def row_map(self) -> RowMap:
+        """Raises ValueError for numbers that do not fit each other."""
+        return RowMap.from_dict(self.model_dump(exclude={"weights"}))
 
 
 class VectorEntry(_Entry):
@@ -47,6 +68,7 @@ class VectorEntry(_Entry):
     precision: Literal["fp32", "fp16", "int8"]
     normalized: bool
     keys: Name
+    map: RowMapEntry | None = None  # None: the row of an id is the id
 
 
 class RecallEntry(_Entry):
@@ -141,6 +163,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
         raise ArtifactError(f"{where}: {problem}")
 
     named = [(f"keys.{name}", entry.file) for name, entry in manifest.keys.items()]
+    weights = {entry.map.weights for entry in manifest.vectors.values() if entry.map is not None}
     for name, vectors in manifest.vectors.items():
         named.append((f"vectors.{name}", vectors.file))
         if vectors.scale_file is not None:
@@ -150,7 +173,9 @@ def check_manifest(manifest: Manifest, where: str) -> None:
         if vectors.keys not in manifest.keys:
             refuse(f"vectors.{name}: there is no key map {vectors.keys!r}")
         keys = manifest.keys[vectors.keys].keys
-        if vectors.rows not in (keys, keys + 1):
+        if vectors.map is not None:
+            _check_map(manifest, name, vectors, vectors.map, where)
+        elif name not in weights and vectors.rows not in (keys, keys + 1):
             refuse(f"vectors.{name}: has {vectors.rows} rows, but key map {vectors.keys!r} has {keys} keys")
     for name, index in manifest.indexes.items():
         named += [(f"indexes.{name}", index.file), (f"indexes.{name}", index.settings_file)]
@@ -158,6 +183,8 @@ def check_manifest(manifest: Manifest, where: str) -> None:
         if index.vectors not in manifest.vectors:
             refuse(f"indexes.{name}: there is no vector set {index.vectors!r}")
         source = manifest.vectors[index.vectors]
+        if source.map is not None:
+            refuse(f"indexes.{name}: vector set {index.vectors!r} has no row for every key")
         if (index.rows, index.dim) != (manifest.keys[source.keys].keys, source.dim):
             refuse(f"indexes.{name}: {index.rows} x {index.dim} does not fit vector set {index.vectors!r}")
     if manifest.query_tower is not None:
@@ -167,6 +194,24 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     for owner, file in named:
         if file not in manifest.files:
             refuse(f"{owner}: {file} is not among the listed files")
+
+
+def _check_map(manifest: Manifest, name: str, vectors: VectorEntry, entry: RowMapEntry, where: str) -> None:
+    """Raises ArtifactError where a vector set's row map fits neither itself nor the rest."""
+    keys = manifest.keys[vectors.keys].keys
+    try:
+        map = entry.row_map()
+    except ValueError as error:
+        raise ArtifactError(f"{where}: vectors.{name}.map: {error}") from None
+    if map.rows != vectors.rows or map.ids not in (keys, keys + 1):
+        raise ArtifactError(
+            f"{where}: vectors.{name}: a map of {map.ids} ids to {map.rows} rows does not fit {keys} keys and "
+            f"{vectors.rows} rows"
+        )
+    weights = None if entry.weights is None else manifest.vectors.get(entry.weights)
+    found = None if weights is None else (weights.rows, weights.dim, weights.map)
+    if found != (None if not map.weight_rows else (map.weight_rows, map.weight_width, None)):
+        raise ArtifactError(f"{where}: vectors.{name}: its learned weights {entry.weights!r} are not what its map says")
 
 
 def tower_spec(manifest: Manifest, where: str) -> TowerSpec:
@@ -186,7 +231,7 @@ def _check_tower_input(manifest: Manifest, block: TowerInput, where: str) -> Non
         raise ArtifactError(f"{where}: query_tower: input {block.name!r} {problem}")
 
     own = {"history": ("pool", "attention", "gru"), "last_item": ("pool",), "user": ("pool",)}
-    fitting = own.get(block.source, ("pool", "mean", "sum", "project"))
+    fitting = own.get(block.source, ("pool", *LISTS, "project"))
     if block.encoder not in fitting:
         refuse(f"has encoder {block.encoder!r}, which does not fit {block.source!r}")
     if not all(isinstance(value, (int, float)) and abs(value) < math.inf for value in (block.center, block.scale)):

@@ -21,8 +21,9 @@ from embedding_service.artifact import Artifact
 from embedding_service.candidates import Candidates, first_unseen, num_fetched
 from embedding_service.exact import Float32, Int64, unit_length
 from embedding_service.keys import Key, Vocabulary
+from embedding_service.mapped_vectors import MappedVectors
 from embedding_service.ragged import Ragged, offsets_of, take_values
-from embedding_service.towers import Given, InputRows, Sequences, Tower, input_rows, missing, says
+from embedding_service.towers import LISTS, Given, InputRows, Sequences, Tower, input_rows, missing, says, weighted
 from embedding_service.vectors import VectorSet
 
 RECOMMEND, SIMILAR = "recommend", "similar"  # the names of the two indexes
@@ -118,15 +119,44 @@ class Retriever:
         answered with the most frequent items. `exclude_seen` leaves out the session's items.
         """
         _, catalogue = self._part(RECOMMEND)
-        encoder = self._required_encoder()
         _check_batch(len(sessions), k)
-        given = {**(features or {}), **({} if users is None else {"user": users})}
-        single = encoder.rows_of_single(given, len(sessions))
-        lengths = np.array([len(session) for session in sessions], np.int64)
-        flat = [key for session in sessions for key in session]
-        history = Ragged(catalogue.rows(flat) if flat else np.empty(0, np.int64), offsets_of(lengths))
+        history, single = self._asked(catalogue, sessions, users, features)
         scores, rows, cold = self._recommend(history, single, k, history if exclude_seen else None)
         return self._results(catalogue, scores, rows, cold)
+
+    def encode(
+        self,
+        sessions: Sequence[Sequence[Key]],
+        *,
+        users: Sequence[Key | None] | None = None,
+        features: Mapping[str, Sequence[Any]] | None = None,
+    ) -> tuple[Ragged, Float32, npt.NDArray[np.bool_]]:
+        """The sessions of `recommend` as rows, as query vectors float32 [n, dim], and which say nothing known, [n]."""
+        _, catalogue = self._part(RECOMMEND)
+        history, single = self._asked(catalogue, sessions, users, features)
+        encoder = self._required_encoder()
+        return history, encoder.encode(history, single), ~encoder.knows(history, single)
+
+    def _asked(
+        self,
+        catalogue: Vocabulary,
+        sessions: Sequence[Sequence[Key]],
+        users: Sequence[Key | None] | None,
+        features: Mapping[str, Sequence[Any]] | None,
+    ) -> tuple[Ragged, dict[str, Given]]:
+        given = {**(features or {}), **({} if users is None else {"user": users})}
+        single = self._required_encoder().rows_of_single(given, len(sessions))
+        lengths = np.array([len(session) for session in sessions], np.int64)
+        flat = [key for session in sessions for key in session]
+        return Ragged(catalogue.rows(flat) if flat else np.empty(0, np.int64), offsets_of(lengths)), single
+
+    def candidates(self, index: str) -> Candidates:
+        """What the index `index` chooses from. Raises ArtifactError if there is none."""
+        return self._part(index)[0]
+
+    def catalogue(self, index: str) -> Vocabulary:
+        """The keys of the index's rows. Raises ArtifactError if there is none."""
+        return self._part(index)[1]
 
     def encode_rows(self, history: Ragged, users: Int64 | None, features: Mapping[str, Given]) -> Float32:
         """Query vectors float32 [n, dim] of n histories of item rows (oldest first), users [n] by row and features as
@@ -224,11 +254,11 @@ class QueryEncoder:
         self.dim = tower.spec.dim
         looked_up = [block for block in tower.spec.inputs if block.encoder != "project"]
         self.key_maps = {block.source: str(artifact.manifest["vectors"][block.vectors]["keys"]) for block in looked_up}
-        self._keys = {source: artifact.keys(name) for source, name in self.key_maps.items()}
-        self._vectors = {block.vectors: artifact.vectors(block.vectors) for block in looked_up}
+        self._keys = {source: artifact.key_map(name) for source, name in self.key_maps.items()}
+        self._vectors = {block.vectors: artifact.vectors_by_id(block.vectors) for block in looked_up}
         self._tower: Tower | None = tower.double() if any(True for _ in tower.parameters()) else None
         self._single = {block.source: block for block in tower.spec.inputs if block.source not in _FROM_SESSION}
-        session = [self._keys[source] for source in self.key_maps if source in _FROM_SESSION]
+        session = [artifact.keys(name) for source, name in self.key_maps.items() if source in _FROM_SESSION]
         self._sees_session = bool(session)
         self._num_items = min((len(keys.keys) for keys in session), default=0)
         self._num_trained = min((keys.num_seen for keys in session), default=0)
@@ -255,7 +285,7 @@ class QueryEncoder:
         """bool [n]: whether anything in the query is a number, or has a key of its own that training has seen."""
         known = np.zeros(len(history), np.bool_)
         for source, values in single.items():
-            known |= says(values, len(self._keys[source].keys) if source in self._keys else None)
+            known |= says(values, self._keys[source].num_keys if source in self._keys else None)
         if self._sees_session:
             if history.values.min(initial=0) >= 0 and history.values.max(initial=-1) < self._num_trained:
                 known |= history.lengths > 0
@@ -295,17 +325,35 @@ class QueryEncoder:
         block = self._single[source]
         if block.encoder == "project":
             return _numbers(source, values, block.width)
-        if block.encoder not in ("mean", "sum"):
+        if block.encoder not in LISTS:
             return self._keys[source].rows(values)
         lists = [one if one is not None else () for one in values]
         if any(isinstance(one, (str, bytes)) or not isinstance(one, Sequence) for one in lists):
             raise DataError(f"{source!r} takes a list of keys, or None, for each session")
         flat = [key for one in lists for key in one]
+        weights = None
+        if block.encoder.startswith("weighted"):
+            flat, weights = _pairs(source, flat)
         rows = self._keys[source].rows(flat) if flat else np.empty(0, np.int64)
-        return Ragged(rows, offsets_of(np.array([len(one) for one in lists], np.int64))).keep(rows >= 0)
+        offsets = offsets_of(np.array([len(one) for one in lists], np.int64))
+        return Ragged(rows if weights is None else weighted(rows, weights), offsets).keep(rows >= 0)
 
     def _known_sources(self) -> str:
         return ", ".join(["sessions"] * self._sees_session + list(self._single))
+
+
+def _pairs(source: str, flat: Sequence[Any]) -> tuple[list[Any], Float32]:
+    """The keys and the weights of (key, weight) pairs. Raises DataError."""
+    try:
+        keys = [key for key, _ in flat]
+        weights = np.array([weight for _, weight in flat], np.float32)
+    except (TypeError, ValueError):
+        weights = np.array([np.nan], np.float32)
+    if weights.ndim != 1 or not np.isfinite(weights).all() or any(isinstance(one, str) for one in flat):
+        raise DataError(
+            f"{source!r} takes a list of [key, weight] pairs with finite weights, or None, for each session"
+        )
+    return keys, weights
 
 
 def _numbers(source: str, values: Sequence[Any], width: int) -> npt.NDArray[np.float64]:
@@ -322,7 +370,7 @@ def _numbers(source: str, values: Sequence[Any], width: int) -> npt.NDArray[np.f
     return found
 
 
-def _pooled(vectors: VectorSet, lookup: InputRows) -> Float32:
+def _pooled(vectors: VectorSet | MappedVectors, lookup: InputRows) -> Float32:
     """`towers.pool` in numpy: weighted sums of the looked-up rows, float32 [n, dim]; an empty list gives zeros."""
     assert lookup.weights is not None
     out = np.empty((len(lookup.offsets) - 1, vectors.dim), np.float32)

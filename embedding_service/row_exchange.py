@@ -26,13 +26,15 @@ class Shard:
 
     Rank r of a table of `num_rows` holds `rows_per_rank` rows from r * rows_per_rank on (the last ones fewer).
     weights: float32 or float16 [n, dim]; state: float32 [n, 0] for SGD, [n, 1] for row-wise Adagrad (the sum of the
-    mean squares of a row's gradients), [n, dim] for Adagrad (the sum of the squares of a weight's gradients).
+    mean squares of a row's gradients), [n, dim] for Adagrad (the sum of the squares of a weight's gradients). frozen:
+    rows are looked up but never updated.
     """
 
     num_rows: int
     rows_per_rank: int
     weights: Tensor
     state: Tensor
+    frozen: bool = False
 
     def update(self, rows: Tensor, order: Tensor, gradient: Tensor, learning_rate: float) -> None:
         """One step of the optimiser; the gradients of equal rows are added up, in place.
@@ -42,7 +44,7 @@ class Shard:
         if self.weights.dtype == torch.float32:
             _update(self.weights, self.state, rows, order, gradient, learning_rate)
             return
-        distinct, index = torch.unique(rows, return_inverse=True)  # numba has no float16: as float32, and back
+        distinct, index = _distinct(rows, order)  # numba has no float16: as float32, and back
         weights, state = self.weights.index_select(0, distinct).float(), self.state.index_select(0, distinct)
         _update(weights, state, index, order, gradient, learning_rate)
         self.weights.index_copy_(0, distinct, weights.to(self.weights.dtype))
@@ -139,10 +141,11 @@ class RowExchange:
         gradients: float32 [n, dim] each. A collective call.
         """
         received = [
-            self._swap(gradient.contiguous(), table.asked, table.sent)
-            for table, gradient in zip(route.tables.values(), gradients, strict=True)
+            (name, table, self._swap(gradient.contiguous(), table.asked, table.sent))
+            for (name, table), gradient in zip(route.tables.items(), gradients, strict=True)
+            if not self._shards[name].frozen
         ]
-        for (name, table), swap in zip(route.tables.items(), received, strict=True):
+        for name, table, swap in received:
             self._shards[name].update(table.wanted, table.order, _arrived(swap), self.learning_rate)
 
     def _swap(self, rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, dist.Work | None]:
@@ -180,6 +183,16 @@ def _ascending(rows: Tensor) -> tuple[Tensor, Tensor | None]:
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     return ordered, place
+
+
+def _distinct(rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """torch.unique(rows, return_inverse=True), given what sorts them."""
+    ascending = rows.index_select(0, order)
+    is_new = torch.ones(len(rows), dtype=torch.bool)
+    is_new[1:] = ascending[1:] != ascending[:-1]
+    index = torch.empty_like(order)
+    index[order] = is_new.cumsum(0) - 1
+    return ascending[is_new], index
 
 
 def _update(

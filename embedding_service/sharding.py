@@ -8,9 +8,10 @@ exchange and FBGEMM's kernels look rows up and update them; on CPU `row_exchange
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.errors import SettingError
+from embedding_service.disk_tables import DiskTable
+from embedding_service.huge_pages import prefer_huge_pages
 from embedding_service.row_exchange import Route, RowExchange, Shard
 from embedding_service.tables import Optimizer, TableSpec, check_names, initial_rows
 
@@ -51,6 +54,8 @@ with _quiet_import():
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
     from torchrec.modules.embedding_configs import DataType
     from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -65,6 +70,12 @@ def _check_fits_ranks(specs: Sequence[TableSpec], world_size: int) -> None:
             raise SettingError(
                 "cluster.workers", f"{world_size} workers are too many for tables of {rows} rows: some would hold none"
             )
+
+
+def check_kernels(specs: Iterable[TableSpec], device: str) -> None:
+    """Raises SettingError for tables that such a device cannot hold so."""
+    if device == "cpu" and any(spec.kernel != "fused" for spec in specs):
+        raise SettingError("cluster.uvm_caching", "is for cuda; on CPU tables lie in the machine's memory anyway")
 
 
 def _nothing(weights: Tensor) -> None:
@@ -123,25 +134,38 @@ class ShardedTables:
         device: torch.device | None = None,
         initialize: bool = True,
     ) -> None:
+        """Raises SettingError for tables that cannot be held so, OSError where a disk has no room for one."""
         check_names(specs)
-        _check_fits_ranks(specs, dist.get_world_size())
         self.specs = {spec.name: spec for spec in specs}
+        in_memory = [spec for spec in specs if not spec.folder]
+        _check_fits_ranks(in_memory, dist.get_world_size())
         self.optimizer: Optimizer = optimizer
         self.device = device or torch.device("cpu")
+        if self.device.type != "cpu" and len(in_memory) < len(specs):
+            raise SettingError(
+                "cluster.device", "is not cpu, and tables on disk are for CPU: leave the table in memory"
+            )
         comm_ops.set_gradient_division(False)  # add the ranks' gradients; TorchRec's default is their mean
-        with _quiet_import():
-            self._module = self._shard(learning_rate)
-        self._fused = self._module.fused_optimizer
+        self._on_disk = {spec.name: DiskTable(spec, optimizer=optimizer) for spec in specs if spec.folder}
+        self._module: DistributedModelParallel | None = None
+        if in_memory:
+            with _quiet_import():
+                self._module = self._shard(in_memory, learning_rate)
+            for value in self.state_dict().values():
+                for shard in value.local_shards():
+                    prefer_huge_pages(shard.tensor)
         if initialize:
             self._initialize(seed)
         self._exchange: RowExchange | None = None
+        self._states: RowExchange | None = None
         if self.device.type == "cpu":
             shards = {name: self._own_shard(name) for name in self.specs}
             self._exchange = RowExchange(shards, learning_rate=learning_rate)
 
-    def _shard(self, learning_rate: float) -> DistributedModelParallel:
+    def _shard(self, specs: Sequence[TableSpec], learning_rate: float) -> DistributedModelParallel:
         """The one place where tables become distributed."""
-        collection = _Collections(list(self.specs.values()))
+        check_kernels(specs, self.device.type)
+        collection = _Collections(specs)
         kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
             "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
             "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
@@ -150,14 +174,29 @@ class ShardedTables:
         kind, options = kinds[self.optimizer]
         apply_optimizer_in_backward(kind, collection.parameters(), {"lr": learning_rate, **options})
         constraints = {
-            _t(name): ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"])
-            for name in self.specs
+            _t(spec.name): ParameterConstraints(sharding_types=["row_wise"], compute_kernels=[spec.kernel])
+            for spec in specs
         }
         world = dist.get_world_size()
-        topology = Topology(world_size=world, compute_device=self.device.type, local_world_size=world)
+        # TorchRec's own idea of a device's memory would refuse what fits: 32 GiB of a GPU, 128 GiB of a machine.
+        is_gpu = self.device.type == "cuda"
+        hbm = torch.cuda.get_device_properties(self.device).total_memory if is_gpu else 0
+        topology = Topology(
+            world_size=world, compute_device=self.device.type, local_world_size=world, hbm_cap=hbm, ddr_cap=2**60
+        )
         sharders: list[Any] = [EmbeddingCollectionSharder()]
-        planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
-        plan = planner.collective_plan(collection, sharders, dist.group.WORLD)
+        planner = EmbeddingShardingPlanner(
+            topology=topology, constraints=constraints, storage_reservation=FixedPercentageStorageReservation(0.0)
+        )
+        try:
+            plan = planner.collective_plan(collection, sharders, dist.group.WORLD)
+        except PlannerError as error:
+            if error.error_type != PlannerErrorType.INSUFFICIENT_STORAGE:
+                raise
+            raise SettingError(
+                "cluster.workers",
+                f"the GPUs of {world} workers cannot hold the tables; `lexshard plan` says what makes them fit",
+            ) from None
         return DistributedModelParallel(
             collection, device=self.device, plan=plan, sharders=sharders, init_data_parallel=False
         )
@@ -185,6 +224,8 @@ class ShardedTables:
         of it; tables left out are asked for nothing. Returns table -> float32 [n, dim]; `backward` through it, also a
         collective call, updates the rows.
         """
+        for table in self._on_disk.values():
+            table.expect(scan=False)
         if self._exchange is not None:
             route = asked if isinstance(asked, Route) else self._exchange.route(asked, ahead=False)
             return self._exchange.lookup(route)
@@ -202,25 +243,50 @@ class ShardedTables:
                 values=torch.cat(asked).to(self.device),
                 lengths=torch.tensor([len(rows) for rows in asked], dtype=torch.int32, device=self.device),
             )
+        assert self._module is not None
         found = self._module(features)
+        for name, spec in self.specs.items():
+            if spec.frozen and found[_t(name)].requires_grad:
+                found[_t(name)].register_hook(torch.zeros_like)  # no optimiser here moves a row by a gradient of zero
         return {name: found[_t(name)] for name in self.specs}
+
+    def lookup_state(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The optimiser's state of rows, as `lookup` gives their weights: table -> float32 [n, width of the state].
+
+        On CPU only; a collective call.
+        """
+        assert self.device.type == "cpu"
+        if self._states is None:
+            own = {name: self._own_shard(name) for name in self.specs}
+            shards = {name: dataclasses.replace(shard, weights=shard.state) for name, shard in own.items()}
+            self._states = RowExchange(shards, learning_rate=0.0)
+        with torch.no_grad():
+            return self._states.lookup(self._states.route(ids, ahead=False))
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Takes effect in the next `backward`."""
         if self._exchange is not None:
             self._exchange.learning_rate = learning_rate
             return
-        for group in self._fused.param_groups:
+        assert self._module is not None
+        for group in self._module.fused_optimizer.param_groups:
             group["lr"] = learning_rate
-        self._fused.step()  # FBGEMM's kernel reads the rate only when this hands it over
+        self._module.fused_optimizer.step()  # FBGEMM's kernel reads the rate only when this hands it over
 
     def local_shards(self, name: str) -> list[tuple[int, Tensor]]:
         """This rank's part of table `name`: (first row, weights [n, dim] in the table's precision, not a copy)."""
+        if name in self._on_disk:
+            table = self._on_disk[name]
+            table.expect(scan=True)
+            return [(table.first_row, table.shard.weights)] if len(table.shard.weights) else []
+        assert self._module is not None
         sharded = self._module.state_dict()[self._path(name)]
         return [(shard.metadata.shard_offsets[0], shard.tensor.detach()) for shard in sharded.local_shards()]
 
     def _own_shard(self, name: str) -> Shard:
         """This rank's part of table `name` and of its optimiser's state, not copies."""
+        if name in self._on_disk:
+            return self._on_disk[name].shard
         spec = self.specs[name]
         state = self.state_dict()
         found = {
@@ -232,17 +298,23 @@ class ShardedTables:
         weights = found.get(f"weight.{name}", torch.empty(0, spec.dim, dtype=dtype))
         moment = found.get(f"optimizer.{name}.momentum1", torch.empty(len(weights), 0))
         moment = moment[:, None] if moment.dim() == 1 else moment
-        return Shard(spec.rows, -(-spec.rows // dist.get_world_size()), weights, moment)
+        return Shard(spec.rows, -(-spec.rows // dist.get_world_size()), weights, moment, spec.frozen)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and optimiser state as sharded tensors, for the distributed checkpoint."""
-        weights = self._module.state_dict()
-        optimizer = self._fused.state_dict()["state"]
-        state = {f"weight.{name}": weights[self._path(name)] for name in self.specs}
-        for name in self.specs:
-            for slot, value in optimizer[self._path(name)].items():
-                if not isinstance(value, (int, float)):
-                    state[f"optimizer.{name}.{slot.rpartition('.')[2]}"] = value
+        """Weights and optimiser state as sharded tensors, for the distributed checkpoint; no copies."""
+        in_memory = [name for name in self.specs if name not in self._on_disk]
+        state: dict[str, Any] = {}
+        if self._module is not None:
+            weights = self._module.state_dict()
+            optimizer = self._module.fused_optimizer.state_dict()["state"]
+            state = {f"weight.{name}": weights[self._path(name)] for name in in_memory}
+            for name in in_memory:
+                for slot, value in optimizer[self._path(name)].items():
+                    if not isinstance(value, (int, float)):
+                        state[f"optimizer.{name}.{slot.rpartition('.')[2]}"] = value
+        for table in self._on_disk.values():
+            table.expect(scan=True)
+            state |= table.state_dict()
         return state
 
     def _path(self, name: str) -> str:

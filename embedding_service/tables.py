@@ -12,19 +12,26 @@ import numpy as np
 
 Precision = Literal["fp32", "fp16"]
 Optimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+Kernel = Literal["fused", "fused_uvm_caching"]
 
 _BYTES = {"fp32": 4, "fp16": 2}
 
 
 @dataclass(frozen=True)
 class TableSpec:
-    """One embedding table: `rows` x `dim` weights that start uniform in +-`init_scale` (0: all zeros)."""
+    """One embedding table: `rows` x `dim` weights that start uniform in +-`init_scale` (0: all zeros).
+
+    folder: where it lies on local disk; empty: in memory. frozen: its rows are never updated.
+    """
 
     name: str
     rows: int
     dim: int
     init_scale: float
     precision: Precision = "fp32"
+    folder: str = ""
+    frozen: bool = False
+    kernel: Kernel = "fused"  # where it lies: see cluster.uvm_caching
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -34,8 +41,15 @@ class TableSpec:
 
     def num_bytes(self, optimizer: Optimizer) -> int:
         """Bytes of weights and optimiser state (row-wise Adagrad: one float32 a row; Adagrad: one a weight)."""
-        state = {"sgd": 0, "rowwise_adagrad": 4, "adagrad": 4 * self.dim}[optimizer]
-        return self.rows * (self.dim * _BYTES[self.precision] + state)
+        return self.weight_bytes(self.rows) + self.state_bytes(optimizer, self.rows)
+
+    def weight_bytes(self, rows: int) -> int:
+        """Bytes of the weights of so many rows."""
+        return rows * self.dim * _BYTES[self.precision]
+
+    def state_bytes(self, optimizer: Optimizer, rows: int) -> int:
+        """Bytes of the optimiser state of so many rows."""
+        return rows * {"sgd": 0, "rowwise_adagrad": 4, "adagrad": 4 * self.dim}[optimizer]
 
 
 def initial_rows(spec: TableSpec, seed: int, start: int, stop: int) -> np.ndarray:

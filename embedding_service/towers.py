@@ -23,8 +23,11 @@ from torch.nn.utils.rnn import PackedSequence
 from cluster.errors import ArtifactError
 from embedding_service.ragged import Ragged, offsets_of
 
-Encoder = Literal["pool", "mean", "sum", "attention", "gru", "project"]
-Given = np.ndarray | Ragged  # int64 [n] rows (-1: unknown), n lists of int64 rows, or float [n, width] (nan: missing)
+Encoder = Literal["pool", "mean", "sum", "weighted_mean", "weighted_sum", "attention", "gru", "project"]
+# int64 [n] rows (-1: unknown), n lists of int64 rows or of WEIGHTED ones, or float [n, width] numbers (nan: missing)
+Given = np.ndarray | Ragged
+WEIGHTED = np.dtype([("row", np.int64), ("weight", np.float32)])
+LISTS = ("mean", "sum", "weighted_mean", "weighted_sum")  # encoders of lists that are no history
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ class TowerInput:
     the name of a feature column. They are rows of the vector set `vectors`; numbers have none ("").
 
     encoder `pool`: the row of the one id, or a history's rows weighted by `decay` per step into the past (1: plain
-    mean); `mean`, `sum`: of the rows of a list; `attention`, `gru`: over a history's rows, see `HistoryAttention` and
-    `HistoryGru`; `project`: a learned projection of `width` numbers, standardised as (x - center) * scale. Only the
-    last `length` items of a history are seen (0: all).
+    mean); `mean`, `sum`: of the rows of a list; `weighted_mean`, `weighted_sum`: of rows times their weights, the mean
+    divided by the sum of the weights' absolute values (zeros where that is 0); `attention`, `gru`: over a history's
+    rows, see `HistoryAttention` and `HistoryGru`; `project`: a learned projection of `width` numbers, standardised as
+    (x - center) * scale. An empty list gives zeros. Only the last `length` items of a history are seen (0: all).
     """
 
     name: str
@@ -248,13 +252,34 @@ def input_rows(
         if block.encoder == "project":
             found[block.name] = _standardised(block, np.asarray(values))
         elif isinstance(values, Ragged):
-            lengths = values.lengths if block.encoder == "mean" else np.ones(len(values), np.int64)
-            weights = np.repeat(np.float32(1.0) / np.maximum(lengths, 1).astype(np.float32), values.lengths)
-            found[block.name] = InputRows(block.vectors, values.values, values.offsets, weights)
+            rows = values.values["row"] if values.values.dtype == WEIGHTED else values.values
+            weights = list_weights(values, mean=block.encoder in ("mean", "weighted_mean"))
+            found[block.name] = InputRows(block.vectors, np.ascontiguousarray(rows), values.offsets, weights)
         else:
             known = values >= 0
             found[block.name] = _one_each(block, Ragged(values[known], offsets_of(known.astype(np.int64))))
     return found
+
+
+def weighted(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Rows int64 [m] and their weights as one array, WEIGHTED [m]."""
+    values = np.empty(len(rows), WEIGHTED)
+    values["row"], values["weight"] = rows, weights
+    return values
+
+
+def list_weights(lists: Ragged, *, mean: bool) -> np.ndarray:
+    """What rows of lists are multiplied by to be pooled: float32 [m]. lists: of int64 or WEIGHTED values."""
+    if lists.values.dtype != WEIGHTED:
+        lengths = lists.lengths if mean else np.ones(len(lists), np.int64)
+        return np.repeat(np.float32(1.0) / np.maximum(lengths, 1).astype(np.float32), lists.lengths)
+    weights = np.ascontiguousarray(lists.values["weight"])
+    if not mean:
+        return weights
+    totals = np.zeros(len(lists))
+    np.add.at(totals, lists.owners(), np.abs(weights.astype(np.float64)))
+    totals[totals == 0.0] = 1.0
+    return (weights / totals[lists.owners()]).astype(np.float32)
 
 
 def _one_each(block: TowerInput, rows: Ragged) -> InputRows:
@@ -271,8 +296,9 @@ def missing(block: TowerInput, num: int) -> Given:
     """The values of `num` examples that say nothing, for an input that is not the history."""
     if block.encoder == "project":
         return np.full((num, block.width), np.nan)
-    if block.encoder in ("mean", "sum"):
-        return Ragged(np.empty(0, np.int64), np.zeros(num + 1, np.int64))
+    if block.encoder in LISTS:
+        dtype = WEIGHTED if block.encoder.startswith("weighted") else np.dtype(np.int64)
+        return Ragged(np.empty(0, dtype), np.zeros(num + 1, np.int64))
     return np.full(num, -1, np.int64)
 
 
@@ -282,6 +308,8 @@ def says(values: Given, num_keys: int | None = None) -> np.ndarray:
         known = np.zeros(len(values), np.bool_)
         known[values.owners()[says(values.values, num_keys)]] = True
         return known
+    if values.dtype == WEIGHTED:
+        return says(values["row"], num_keys)
     if values.ndim == 2:
         return np.asarray(~np.isnan(values).all(axis=1))
     rows: np.ndarray = np.asarray(values >= 0)

@@ -66,10 +66,8 @@ class VectorSink:
     ) -> None:
         self.rows, self.dim, self.precision, self.normalized = rows, dim, precision, normalized
         self._name = file.stem
-        self._codes: Any = npy.open_memmap(file, mode="w+", dtype=DTYPES[precision], shape=(rows, dim))
-        self._scale: Any = None
-        if scale_file is not None:
-            self._scale = npy.open_memmap(scale_file, mode="w+", dtype=SCALE_DTYPE, shape=(rows,))
+        self._codes = _ArrayFile(file, DTYPES[precision], (rows, dim))
+        self._scale = None if scale_file is None else _ArrayFile(scale_file, SCALE_DTYPE, (rows,))
         self._spans: list[tuple[int, int]] = []
 
     def write(self, start_row: int, vectors: Float32) -> None:
@@ -90,9 +88,10 @@ class VectorSink:
     def write_codes(self, start_row: int, codes: npt.NDArray[Any], scale: Float32 | None) -> None:
         """Store what `encoded_rows` made of rows start_row..start_row + n - 1."""
         stop = start_row + len(codes)
-        self._codes[start_row:stop] = codes
+        self._codes.write(start_row, codes)
         if self._scale is not None:
-            self._scale[start_row:stop] = scale
+            assert scale is not None
+            self._scale.write(start_row, scale)
         self._spans.append((start_row, stop))
 
     def close(self) -> None:
@@ -105,9 +104,29 @@ class VectorSink:
             end = stop
         if end != self.rows:
             raise ArtifactError(f"vector set {self._name}: row {end} was never written")
-        self._codes.flush()
+        self._codes.close()
         if self._scale is not None:
-            self._scale.flush()
+            self._scale.close()
+
+
+class _ArrayFile:
+    """An .npy file that is written in parts. Not mapped into memory: what is written would count as memory in use."""
+
+    def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self._dtype = dtype
+        self._row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by close(), or with the sink that holds it
+        header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        npy.write_array_header_1_0(self._file, header)
+        self._begin = self._file.tell()
+        self._file.truncate(self._begin + shape[0] * self._row_bytes)
+
+    def write(self, start_row: int, rows: npt.NDArray[Any]) -> None:
+        self._file.seek(self._begin + start_row * self._row_bytes)
+        self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def encoded_rows(

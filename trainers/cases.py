@@ -9,7 +9,7 @@ import numpy as np
 
 from cluster.config import Config
 from cluster.errors import DataError, SettingError
-from embedding_service.keys import Vocabulary
+from embedding_service.hashed_keys import KeyMap
 from embedding_service.ragged import Ragged, take_values
 from embedding_service.towers import Given
 from trainers.features import Feature
@@ -42,13 +42,13 @@ def load_validation(config: Config, prepared: Prepared) -> Cases | None:
     """The run's validation cases, at most `train.validate_cases`; None if it has none."""
     if config.data.valid:
         return load_cases(
-            config, prepared.keys, prepared.query_features, config.data.valid, limit=config.train.validate_cases
+            config, prepared.key_maps, prepared.query_features, config.data.valid, limit=config.train.validate_cases
         )
     held_out = prepared.folder / "valid.parquet"
     if not held_out.exists():
         return None
     columns = Columns("items", "user" if config.data.user else "", "history", "", config.data.query_features)
-    return _to_cases(SessionReader(str(held_out), columns), prepared.keys, prepared.query_features)
+    return _to_cases(SessionReader(str(held_out), columns), prepared.key_maps, prepared.query_features)
 
 
 def sample_training(config: Config, prepared: Prepared, *, limit: int) -> Cases | None:
@@ -69,14 +69,13 @@ def sample_training(config: Config, prepared: Prepared, *, limit: int) -> Cases 
     if found is None or found.history is None:
         return None
     items = prepared.keys["item"]
-    return Cases(
-        _known(found.history, items), _known(found.items, items), _single(found, prepared.keys, prepared.query_features)
-    )
+    single = _single(found, prepared.key_maps, prepared.query_features)
+    return Cases(_known(found.history, items), _known(found.items, items), single)
 
 
 def load_cases(
     config: Config,
-    keys: Mapping[str, Vocabulary],
+    keys: Mapping[str, KeyMap],
     features: Mapping[str, Feature],
     source: str,
     *,
@@ -103,11 +102,11 @@ def load_cases(
     return cases
 
 
-def _to_cases(reader: SessionReader, keys: Mapping[str, Vocabulary], features: Mapping[str, Feature]) -> Cases:
+def _to_cases(reader: SessionReader, keys: Mapping[str, KeyMap], features: Mapping[str, Feature]) -> Cases:
     histories, truths, singles = [], [], []
     for batch in reader.stream():
         rows = keys["item"].rows(batch.items.values)
-        limit = len(keys["item"].keys)
+        limit = keys["item"].num_keys
         truths.append(batch.items.with_values(np.where(rows < limit, rows, -1)))
         histories.append(_known(batch.history, keys["item"]) if batch.history is not None else _no_lists(len(batch)))
         singles.append(_single(batch, keys, features))
@@ -121,14 +120,14 @@ def _concat(parts: list[Given]) -> Given:
     return Ragged.concat(parts) if isinstance(parts[0], Ragged) else np.concatenate(parts)  # type: ignore[arg-type]
 
 
-def _single(batch: SessionBatch, keys: Mapping[str, Vocabulary], features: Mapping[str, Feature]) -> dict[str, Given]:
+def _single(batch: SessionBatch, keys: Mapping[str, KeyMap], features: Mapping[str, Feature]) -> dict[str, Given]:
     single = query_values(batch.features, features, keys)
     if batch.user is not None:
         single["user"] = keys["user"].rows(batch.user)
     return single
 
 
-def _known(lists: Ragged, items: Vocabulary) -> Ragged:
+def _known(lists: Ragged, items: KeyMap) -> Ragged:
     rows = items.rows(lists.values)
     return lists.with_values(rows).keep(rows >= 0)
 
@@ -137,26 +136,31 @@ def _no_lists(num: int) -> Ragged:
     return Ragged(np.empty(0, np.int64), np.zeros(num + 1, np.int64))
 
 
-def _training_histories(config: Config, keys: Mapping[str, Vocabulary], users: np.ndarray) -> Ragged:
+def _training_histories(config: Config, keys: Mapping[str, KeyMap], users: np.ndarray) -> Ragged:
     """The training sessions of `users` [n], those of one user joined in file order: n lists of rows."""
     if not config.data.train:
         raise SettingError("data.train", "is empty, but data.history is too: histories come from the training sessions")
-    wanted = np.zeros(keys["user"].num_rows, bool)
-    wanted[users[users >= 0]] = True
+    wanted = np.unique(users[users >= 0])  # not an array of all users: there may be 2 ** 62 ids
     owners, parts = [np.empty(0, np.int64)], [_no_lists(0)]
     columns = Columns(config.data.items, config.data.user, text=config.data.text)
     for batch in SessionReader(config.data.train, columns, bad_rows=config.data.bad_rows).stream():
         assert batch.user is not None
-        owner = keys["user"].rows(batch.user)
-        chosen = np.flatnonzero((owner >= 0) & wanted[owner])
+        owner, known = _places(keys["user"].rows(batch.user), wanted)
+        chosen = np.flatnonzero(known)
         owners.append(owner[chosen])
         parts.append(_known(batch.take(chosen).items, keys["item"]))
     owner, sessions = np.concatenate(owners), Ragged.concat(parts)
     order = np.argsort(owner, kind="stable")
     by_user = sessions.take(order)
     first = np.searchsorted(owner[order], np.arange(len(wanted) + 1))
-    joined = Ragged(by_user.values, by_user.offsets[first])  # user -> all their items
-    known = np.flatnonzero(users >= 0)
-    place = np.full(len(users), len(wanted), np.int64)
-    place[known] = users[known]
-    return Ragged.concat([joined, _no_lists(1)]).take(place)
+    joined = Ragged(by_user.values, by_user.offsets[first])  # wanted user -> all their items
+    place, known = _places(users, wanted)
+    return Ragged.concat([joined, _no_lists(1)]).take(np.where(known, place, len(wanted)))
+
+
+def _places(ids: np.ndarray, ascending: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each of `ids` [n] is among distinct `ascending` ones, int64 [n], and whether it is there, bool [n]."""
+    places = np.searchsorted(ascending, ids)
+    known = places < len(ascending)
+    known[known] = ascending[places[known]] == ids[known]
+    return places, known

@@ -71,7 +71,7 @@ def _rank_catalogue(model: Model, cases: Cases, k: int, seen: Ragged | None, num
     sources = {block.source for block in model.query_tower.spec.inputs}
     cold = np.ones(len(cases), bool)
     if sources & {"history", "last_item"}:
-        seen_in_training = model.counts[cases.history.values] > 0
+        seen_in_training = model.counts[np.maximum(cases.history.values, 0)] > 0
         trained = cases.history.with_values(np.where(seen_in_training, cases.history.values, -1))
         cold = ~says(trained, num_candidates)  # the unknown row says nothing
     for source in sources & cases.single.keys():

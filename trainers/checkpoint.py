@@ -13,19 +13,23 @@ Everything random follows from (seed, position), so the position is also the sta
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -33,15 +37,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from cluster.config import Config, config_from_dict, config_to_dict
+from cluster.config import Config, TableSettings, config_from_dict, config_to_dict
 from cluster.errors import CheckpointError, SettingError
 from cluster.storage import checksum, publish_folder, remove_folder, write_json
 from trainers.models import Model
 
 FORMAT = 1
+
+_PIECE_BYTES = 64 * 2**20  # of a tensor that are written, and read, at a time
 
 # Settings that may change between a run's sessions: the rest would make it another run. Training data may move: they
 # are known by their fingerprint.
@@ -105,14 +112,10 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        save(
-            _tensors(model),
-            storage_writer=_JsonWriter(temporary),
-            planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        )
-        mine = {file.name: _describe(file) for file in temporary.glob(f"__{dist.get_rank()}_*")}
+        writer = _JsonWriter(temporary)
+        save(_tensors(model), storage_writer=writer, planner=_PieceSavePlanner())
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine)
+        dist.all_gather_object(gathered, writer.files)
         if first:
             files = {path: entry for part in gathered for path, entry in part.items()}
             self._finish(temporary, name, files, progress, config, best)
@@ -256,16 +259,26 @@ def check_same_run(before: Mapping[str, Any], config: Config, where: Path) -> No
     except SettingError as error:
         raise CheckpointError(f"checkpoint {where} has a config that this version cannot read: {error}") from None
     old, new = dict(_leaves(known, "")), dict(_leaves(config_to_dict(config), ""))
+    before_after = {path: (old.get(path, _default(path)), new.get(path, _default(path))) for path in {*old, *new}}
     changed = [
-        f"{path} was {old.get(path)!r} and is now {new.get(path)!r}"
-        for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path) and not path.startswith(_FREE)
+        f"{path} was {was!r} and is now {now!r}"
+        for path, (was, now) in sorted(before_after.items())
+        if was != now and not _is_free(path)
     ]
     if changed:
         raise CheckpointError(
             f"checkpoint {where} belongs to a run with other settings: {'; '.join(changed)}. Name another folder with "
             "`--set run=...`, put the settings back, or start over with `--fresh`"
         )
+
+
+def _is_free(path: str) -> bool:
+    return path.startswith(_FREE) or (path.startswith("tables.") and path.endswith(".disk"))
+
+
+def _default(path: str) -> Any:
+    """What a setting of a table is where the config has no section for the table."""
+    return getattr(TableSettings(), path.rpartition(".")[2]) if path.startswith("tables.") else None
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -323,12 +336,99 @@ def _describe(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "checksum": checksum(file)}
 
 
+class _PieceSavePlanner(DefaultSavePlanner):
+    """torch's planner, with every tensor cut into pieces of whole rows, which are written, and read, one at a time.
+
+    torch copies what it writes, and reads what was written together as a whole: without pieces a shard would need its
+    own size once more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._pieces: dict[MetadataIndex, torch.Tensor] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        self.plan = replace(plan, items=[piece for item in plan.items for piece in self._cut(item)])
+        return self.plan
+
+    def _cut(self, item: WriteItem) -> Iterator[WriteItem]:
+        tensor, data = super().lookup_object(item.index), item.tensor_data
+        assert data is not None
+        step = max(1, _PIECE_BYTES * len(tensor) // max(1, tensor.nbytes)) if tensor.dim() else 1
+        if not tensor.dim() or len(tensor) <= step:
+            yield item
+            return
+        first, *others = data.chunk.offsets
+        for start in range(0, len(tensor), step):
+            part = tensor[start : start + step]
+            chunk = ChunkStorageMetadata(torch.Size([first + start, *others]), part.size())
+            index = MetadataIndex(item.index.fqn, chunk.offsets)
+            self._pieces[index] = part
+            yield replace(item, index=index, type=WriteItemType.SHARD, tensor_data=replace(data, chunk=chunk))
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        piece = self._pieces.get(index)
+        return super().lookup_object(index) if piece is None else piece
+
+
 class _JsonWriter(FileSystemWriter):
-    """torch's file writer, with the metadata as JSON: the original pickles them, and a pickle can run code."""
+    """torch's file writer, with the metadata as JSON: the original pickles them, and a pickle can run code.
+
+    files: name -> bytes and checksum of every file that this rank has written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.fs = _HashingFiles()
+        self.files: dict[str, dict[str, Any]] = self.fs.files
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         storage = {result.index: result.storage_data for part in results for result in part}
         write_json(Path(self.path) / "tensors.json", _metadata_to_json(metadata, storage))
+
+
+class _HashingFiles(FileSystem):
+    """Files whose checksums are taken while they are written: a checkpoint may be larger than what stays cached."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
+        assert mode == "wb"
+        with open(path, mode) as file:
+            stream = _HashingStream(file)
+            yield stream
+        self.files[Path(path).name] = {"bytes": stream.num_bytes, "checksum": f"sha256:{stream.digest.hexdigest()}"}
+
+
+class _HashingStream(io.RawIOBase):
+    """Passes bytes on to `file` and hashes them."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.num_bytes += (size := memoryview(data).nbytes)
+        self._file.write(data)
+        return size
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
 
 
 class _JsonReader(FileSystemReader):

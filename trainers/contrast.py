@@ -29,6 +29,7 @@ from trainers.examples import PairBatch, generator
 from trainers.mining import NOTHING, HardNegatives, Mined, MiningSpec
 from trainers.negatives import StreamingFrequency, UnigramSampler, frequency
 from trainers.objectives import cosine_contrastive, info_nce, triplet
+from trainers.row_runs import RowRuns
 
 Objective = Literal["info_nce", "nt_xent", "ccl", "triplet"]
 
@@ -75,7 +76,9 @@ class Pool:
 class Contrast(nn.Module):
     """The loss of a step. What it learns or remembers are parameters and buffers, so that checkpoints hold it."""
 
-    def __init__(self, counts: np.ndarray, spec: ContrastSpec, *, dim: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self, counts: np.ndarray | RowRuns, spec: ContrastSpec, *, dim: int, device: torch.device | None = None
+    ) -> None:
         """counts: int64 [items], how often each occurs, taken for its share of the positives (exact where every item
         of a session is one).
         """

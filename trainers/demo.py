@@ -91,10 +91,10 @@ def run_demo(folder: str | Path, *, site_packages: bool = False, on_event: Calla
         config = demo_config(root, kind, site_packages=site_packages)
         result = train(config, fresh=True, on_event=on_event)
         artifact = Artifact.open(export_run(config.run, on_event=on_event))
-        keys = load_prepared(config.run).keys
-        cases = load_cases(config, keys, {}, config.data.test)
+        prepared = load_prepared(config.run)
+        cases = load_cases(config, prepared.key_maps, {}, config.data.test)
         if not table:
-            found = popularity(keys["item"], cases)
+            found = popularity(prepared.keys["item"], cases)
             figures["popularity"] = found
             table.append(("popularity", "", *_cells(found), ""))
         for exact in (True, False):

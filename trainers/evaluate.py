@@ -14,7 +14,7 @@ from cluster.errors import ArtifactError, CheckpointError, DataError, SettingErr
 from cluster.launch import launch, report
 from cluster.rank import Rank, current_rank
 from embedding_service.artifact import Artifact
-from embedding_service.keys import Vocabulary
+from embedding_service.hashed_keys import KeyMap
 from embedding_service.retrieval import Retriever
 from trainers.cases import Cases, load_cases, load_validation
 from trainers.catalogue import check_ks, evaluate_model
@@ -59,7 +59,7 @@ def evaluate(
     if (folder / "config.toml").exists():
         config = load_config(folder / "config.toml", [*overrides, f"run={folder}"])
         prepared = load_prepared(folder)
-        keys: Mapping[str, Vocabulary] = prepared.keys
+        keys: Mapping[str, KeyMap] = prepared.key_maps
         features: Mapping[str, Feature] = prepared.query_features
         artifact = Artifact.open(folder / "artifacts") if (folder / "artifacts" / "CURRENT").exists() else None
     elif folder.exists():
@@ -68,7 +68,7 @@ def evaluate(
         if "config" not in lineage:
             raise ArtifactError(f"{path}: its manifest does not say which columns its data had (lineage.config)")
         config = config_from_dict(lineage["config"])
-        keys = {name: artifact.keys(name) for name in artifact.manifest["keys"]}
+        keys = {name: artifact.key_map(name) for name in artifact.manifest["keys"]}
         features = {block.source: Feature.of(block) for block in artifact.query_tower().spec.inputs}
     else:
         raise CheckpointError(f"{path}: there is no such run or artifact")
@@ -77,7 +77,7 @@ def evaluate(
     source = cases or config.data.test
     if not source:
         raise SettingError("data.test", "is empty; name a file of cases with `--cases FILE`, or `--cases valid`")
-    check_ks(ks, len(keys["item"].keys))
+    check_ks(ks, keys["item"].num_keys)
     found = _find_cases(config, keys, features, source)
     if is_run:
         settings = {"config": config_to_dict(config), "source": source, "ks": list(ks), "which": which}
@@ -91,7 +91,7 @@ def evaluate(
     return {"path": str(path), "cases": source, "num_cases": len(found), "results": results}
 
 
-def _find_cases(config: Config, keys: Mapping[str, Vocabulary], features: Mapping[str, Feature], source: str) -> Cases:
+def _find_cases(config: Config, keys: Mapping[str, KeyMap], features: Mapping[str, Feature], source: str) -> Cases:
     if source != "valid":
         return load_cases(config, keys, features, source)
     validation = load_validation(config, load_prepared(config.run))
@@ -109,7 +109,7 @@ def _evaluate_checkpoint(settings: dict[str, Any]) -> dict[str, Any]:
     model, name = load_trained(config, prepared, place, which=settings["which"])
     tally = evaluate_model(
         model,
-        _find_cases(config, prepared.keys, prepared.query_features, settings["source"]),
+        _find_cases(config, prepared.key_maps, prepared.query_features, settings["source"]),
         ks=settings["ks"],
         place=place,
         mask_seen=config.data.mask_seen,

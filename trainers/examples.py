@@ -12,6 +12,7 @@ from embedding_service.ragged import Ragged, offsets_of, take_values
 from embedding_service.towers import Given
 from trainers.negatives import UnigramSampler
 from trainers.prepare import Sessions
+from trainers.row_runs import RowRuns
 
 
 def generator(*numbers: int) -> np.random.Generator:
@@ -30,12 +31,12 @@ class TokenPlan:
     """A window as blocks of whole sessions of about `block_items` items a worker."""
 
     def __init__(
-        self, sessions: Sessions, *, block_items: int, ordered: bool, keep: np.ndarray, numbers: tuple[int, ...]
+        self, sessions: Sessions, *, block_items: int, ordered: bool, keep: RowRuns | None, numbers: tuple[int, ...]
     ) -> None:
-        """keep: float32 [rows], the probability with which an item is kept; numbers: (seed, epoch, window)."""
+        """keep: float32 by row, the probability with which an item is kept; None: 1; numbers: (seed, epoch, window)."""
         items = sessions.items
         random = generator(*numbers, 1)
-        if (keep < 1.0).any():
+        if keep is not None:
             items = items.keep(random.random(len(items.values), dtype=np.float32) < keep[items.values])
         if not ordered:
             items = shuffle_lists(items, random)

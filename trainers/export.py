@@ -29,11 +29,13 @@ from cluster.storage import remove_folder
 from cluster.tasks import run_tasks
 from embedding_service.artifact import ArtifactWriter
 from embedding_service.index_plan import auto_factory, estimate
+from embedding_service.row_maps import RowMap, weight_table
 from embedding_service.tuning import TUNING_QUERIES, Queries
+from embedding_service.vectors import VectorSink
 from trainers import export_shards
 from trainers.cases import Cases, load_validation, sample_training
 from trainers.checkpoint import CheckpointStore, check_same_run
-from trainers.export_shards import copy_piece, cut, is_done, make_piece, stored_model
+from trainers.export_shards import Piece, copy_piece, cut, is_done, make_piece, stored_model
 from trainers.models import Model
 from trainers.prepare import Prepared, load_prepared
 
@@ -76,13 +78,21 @@ def _export(settings: dict[str, Any]) -> str:
         ArtifactWriter(settings["out"], name=Path(config.run).name, threads=config.export.threads or None) as writer,
         _work_folder(writer.root, folder, config) as work,
     ):
-        for key_map, vocabulary in prepared.keys.items():
+        for side_file, source in _side_files(config):
+            writer.add_file(side_file, source)  # before the work: one may be missing
+        for key_map, keys in prepared.key_maps.items():
             if not key_map.startswith("item_"):  # item features are inside the item vectors already
-                writer.add_keys(key_map, vocabulary)
+                writer.add_keys(key_map, keys)
         _write_vectors(writer, model, config, shared, work)
         writer.set_query_tower(model.query_tower.spec, model.query_tower.state_dict())
         _write_indexes(writer, model, config, prepared, work)
         return str(writer.publish(lineage=lineage, figures=_figures(config)))
+
+
+def _side_files(config: Config) -> list[tuple[str, str]]:
+    """(name in the artifact, where it is) of the files that are published along."""
+    named = (("attributes.parquet", config.export.attributes), ("cases.parquet", config.export.cases))
+    return [(name, source) for name, source in named if source]
 
 
 def _checkpoint(config: Config, which: str) -> tuple[str, Path]:
@@ -103,7 +113,7 @@ def _work_folder(root: Path, checkpoint: Path, config: Config) -> Iterator[Path]
     """The folder of what is done, which stays if the block fails. Raises ArtifactError if another export is in it."""
     of = {
         "checkpoint": hashlib.sha256((checkpoint / "checkpoint.json").read_bytes()).hexdigest(),
-        "export": asdict(config.export) | {"threads": 0},
+        "export": asdict(config.export) | {"threads": 0, "attributes": "", "cases": ""},
         "pieces": [export_shards.PIECE_ROWS, 1],  # and the version of what is in them
     }
     digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
@@ -137,19 +147,16 @@ def _remove_unused(work: Path, *, own: bool) -> None:
 
 def _write_vectors(writer: ArtifactWriter, model: Model, config: Config, shared: dict[str, Any], work: Path) -> None:
     """All vector sets: pieces that are not done yet are made, then all are put together."""
-    precision = config.export.precision
-    unit = config.model.kind == "two_tower" and config.model.normalize
-    normalized = {name: name == "item" and unit for name in model.vector_sets()}
-    rows = {name: model.table_rows(name) for name in model.vector_sets()}
-    pieces = cut(rows, export_shards.PIECE_ROWS)
-    todo = [piece for piece in pieces if not is_done(piece, work, precision)]
+    sets = [whole for name in model.vector_sets() for whole in _stored_sets(model, name, config)]
+    pieces = [piece for whole in sets for piece in cut(whole, export_shards.PIECE_ROWS)]
+    todo = [piece for piece in pieces if not is_done(piece, work)]
     if len(todo) < len(pieces):
         report({"kind": "note", "text": f"{len(pieces) - len(todo)} of {len(pieces)} shards are done and sound"})
-    settings = {**shared, "work": str(work), "dim": config.model.dim, "precision": precision, "normalized": normalized}
-    total, done = sum(rows.values()), sum(piece.stop - piece.start for piece in set(pieces) - set(todo))
+    total = sum(whole.stop for whole in sets)
+    done = total - sum(piece.stop - piece.start for piece in todo)
     for i, _ in run_tasks(
         make_piece,
-        settings,
+        {**shared, "work": str(work)},
         [asdict(piece) for piece in todo],
         threads=config.export.threads or num_cores(),
         engine=config.cluster.engine,
@@ -157,13 +164,49 @@ def _write_vectors(writer: ArtifactWriter, model: Model, config: Config, shared:
     ):
         done += todo[i].stop - todo[i].start
         _progress(f"{done:,} of {total:,} vectors", done / total)
-    for name, keys in model.vector_sets().items():
+    for name in model.vector_sets():
+        for whole, sink in _sinks(writer, model, name, config):
+            for piece in cut(whole, export_shards.PIECE_ROWS):
+                copy_piece(piece, work, sink)
+
+
+def _map_of(model: Model, name: str) -> RowMap | None:
+    """How the ids of a vector set share its rows, None if each has its own.
+
+    Items get a row each, whatever they share in training, since indexes are built of them; users and features keep
+    sharing theirs.
+    """
+    table = model.table_of(name)
+    return None if table is None or model.vector_sets()[name] == "item" else model.tables.maps.get(table)
+
+
+def _stored_sets(model: Model, name: str, config: Config) -> list[Piece]:
+    """What is stored of a vector set: its vectors, and the learned weights of its ids' rows if there are any."""
+    table, map = model.table_of(name), _map_of(model, name)
+    dim = config.model.dim if table is None else model.tables.specs[table].dim
+    precision = config.export.precision
+    if table is None or map is None:
+        normalized = name == "item" and config.model.kind == "two_tower" and config.model.normalize
+        return [Piece(name, 0, model.table_rows(name), dim, precision, normalized=normalized)]
+    rows = Piece(name, 0, map.rows, dim, precision, table=table)
+    weights = Piece(weight_table(name), 0, map.weight_rows, map.weight_width, "fp32", table=weight_table(table))
+    return [rows, weights] if map.weight_rows else [rows]
+
+
+def _sinks(writer: ArtifactWriter, model: Model, name: str, config: Config) -> list[tuple[Piece, VectorSink]]:
+    """The sinks of what `_stored_sets` says of a vector set."""
+    keys, map = model.vector_sets()[name], _map_of(model, name)
+    first, *weights = _stored_sets(model, name, config)
+    if map is None:
         sink = writer.add_vectors(
-            name, rows=rows[name], dim=config.model.dim, keys=keys, precision=precision, normalized=normalized[name]
+            name, rows=first.stop, dim=first.dim, keys=keys, precision=first.precision, normalized=first.normalized
         )
-        for piece in pieces:
-            if piece.vectors == name:
-                copy_piece(piece, work, precision, sink)
+        return [(first, sink)]
+    sink, weight_sink = writer.add_shared_vectors(name, map, dim=first.dim, keys=keys, precision=first.precision)
+    found = [(first, sink)]
+    if weight_sink is not None:
+        found.append((weights[0], weight_sink))
+    return found
 
 
 def _write_indexes(writer: ArtifactWriter, model: Model, config: Config, prepared: Prepared, work: Path) -> None:
@@ -172,7 +215,7 @@ def _write_indexes(writer: ArtifactWriter, model: Model, config: Config, prepare
     for index, vectors, metric in _INDEXES:
         set_name = vectors or model.similar_set
         memory = int(config.export.memory_gib * 2**30)
-        _announce(index, rows, config, memory)
+        _announce(index, rows, _stored_sets(model, set_name, config)[0].dim, config, memory)
         queries: dict[str, Any] = {}
         if asked is not None and index == "recommend":
             queries = {"queries": _query_vectors(model, *asked)}
@@ -195,12 +238,12 @@ def _write_indexes(writer: ArtifactWriter, model: Model, config: Config, prepare
         _tell(index, record)
 
 
-def _announce(index: str, rows: int, config: Config, memory: int) -> None:
+def _announce(index: str, rows: int, dim: int, config: Config, memory: int) -> None:
     factory = config.export.index
-    factory = auto_factory(rows, config.model.dim, memory) if factory == "auto" else factory
-    need = estimate(factory, rows, config.model.dim, config.export.threads or num_cores())
+    factory = auto_factory(rows, dim, memory) if factory == "auto" else factory
+    need = estimate(factory, rows, dim, config.export.threads or num_cores())
     takes = "" if need is None else f": about {_size(need.build_bytes)} while it is built, {need.seconds:,.0f} s"
-    report({"kind": "note", "text": f"index `{index}`, {factory} over {rows:,} x {config.model.dim}{takes}"})
+    report({"kind": "note", "text": f"index `{index}`, {factory} over {rows:,} x {dim}{takes}"})
 
 
 def _tell(index: str, record: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import functools
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,8 @@ from numpy.lib import format as npy
 
 from cluster.config import config_from_dict
 from cluster.storage import checksum, write_json
-from embedding_service.quantize import DTYPES
+from embedding_service.exact import Float32
+from embedding_service.quantize import DTYPES, Precision
 from embedding_service.vectors import SCALE_DTYPE, VectorSink, encoded_rows
 from trainers.checkpoint import load_dense
 from trainers.models import Model, build_model
@@ -38,15 +39,22 @@ _LOADING = threading.Lock()
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows start..stop - 1 of a vector set."""
+    """Rows start..stop - 1 of a vector set, as float [stop - start, dim] of its precision.
+
+    table: the table of which these are the rows as they lie, shared by ids; empty: the model's vectors of ids.
+    """
 
     vectors: str
     start: int
     stop: int
+    dim: int
+    precision: Precision
+    normalized: bool = False
+    table: str = ""
 
-    def files(self, work: Path, precision: str) -> list[Path]:
+    def files(self, work: Path) -> list[Path]:
         stem = f"{self.vectors}-{self.start:012d}"
-        return [work / f"{stem}.npy"] + [work / f"{stem}.scale.npy"] * (precision == "int8")
+        return [work / f"{stem}.npy"] + [work / f"{stem}.scale.npy"] * (self.precision == "int8")
 
     def mark(self, work: Path) -> Path:
         return work / f"{self.vectors}-{self.start:012d}.json"
@@ -81,43 +89,39 @@ def _model(settings: str) -> Model:
     return stored_model(json.loads(settings))
 
 
-def cut(rows: dict[str, int], piece_rows: int) -> list[Piece]:
-    """The pieces of vector sets of so many rows."""
+def cut(whole: Piece, piece_rows: int) -> list[Piece]:
+    """The pieces of a whole vector set."""
     return [
-        Piece(name, start, min(num, start + piece_rows))
-        for name, num in rows.items()
-        for start in range(0, num, piece_rows)
+        replace(whole, start=start, stop=min(whole.stop, start + piece_rows))
+        for start in range(0, whole.stop, piece_rows)
     ]
 
 
-def is_done(piece: Piece, work: Path, precision: str) -> bool:
+def is_done(piece: Piece, work: Path) -> bool:
     """Whether the piece was made, and its files are still what was written."""
     try:
         sums = json.loads(piece.mark(work).read_text())["sha256"]
-        return all(checksum(file) == sums[file.name] for file in piece.files(work, precision))
+        return all(checksum(file) == sums[file.name] for file in piece.files(work))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def make_piece(settings: dict[str, Any], task: dict[str, Any]) -> None:
-    """Make the piece `task` ({"vectors", "start", "stop"}) in the folder settings["work"]; see `stored_model`.
+    """Make the piece `task` (a Piece's fields) in the folder settings["work"]; see `stored_model` for the others.
 
-    settings further: {"dim", "precision", "normalized": vector set -> bool}. Raises ArtifactError for vectors that
-    cannot be stored.
+    Raises ArtifactError for vectors that cannot be stored.
     """
-    piece, work, precision = Piece(**task), Path(settings["work"]), settings["precision"]
+    piece, work = Piece(**task), Path(settings["work"])
     with _LOADING:
         model = _model(json.dumps({"config": settings["config"], "checkpoint": settings["checkpoint"]}, sort_keys=True))
-    files = piece.files(work, precision)
+    files = piece.files(work)
     num = piece.stop - piece.start
-    codes = npy.open_memmap(files[0], mode="w+", dtype=DTYPES[precision], shape=(num, settings["dim"]))
+    codes = npy.open_memmap(files[0], mode="w+", dtype=DTYPES[piece.precision], shape=(num, piece.dim))
     scales = npy.open_memmap(files[1], mode="w+", dtype=SCALE_DTYPE, shape=(num,)) if len(files) > 1 else None
-    for start in range(piece.start, piece.stop, CHUNK_ROWS):
-        rows = model.vectors(piece.vectors, start, min(piece.stop, start + CHUNK_ROWS)).numpy()
-        encoded, scale = encoded_rows(
-            piece.vectors, start, rows, precision, normalized=settings["normalized"][piece.vectors]
-        )
-        at = slice(start - piece.start, start - piece.start + len(rows))
+    for at in _chunks(num):
+        start = piece.start + at.start
+        rows = _rows(model, piece, start, piece.start + at.stop)
+        encoded, scale = encoded_rows(piece.vectors, start, rows, piece.precision, normalized=piece.normalized)
         codes[at] = encoded
         if scales is not None:
             scales[at] = scale
@@ -127,9 +131,18 @@ def make_piece(settings: dict[str, Any], task: dict[str, Any]) -> None:
     write_json(piece.mark(work), {"sha256": {file.name: checksum(file) for file in files}})
 
 
-def copy_piece(piece: Piece, work: Path, precision: str, sink: VectorSink) -> None:
+def _rows(model: Model, piece: Piece, start: int, stop: int) -> Float32:
+    """What is stored in rows start..stop - 1: float32 [stop - start, dim]."""
+    if piece.table:
+        found: Float32 = model.tables.physical.lookup({piece.table: torch.arange(start, stop)})[piece.table].numpy()
+        return found
+    encoded: Float32 = model.vectors(piece.vectors, start, stop).numpy()
+    return encoded
+
+
+def copy_piece(piece: Piece, work: Path, sink: VectorSink) -> None:
     """Into the artifact, a chunk at a time."""
-    arrays = [cast(np.ndarray, np.load(file, mmap_mode="r")) for file in piece.files(work, precision)]
+    arrays = [cast(np.ndarray, np.load(file, mmap_mode="r")) for file in piece.files(work)]
     for at in _chunks(piece.stop - piece.start):
         sink.write_codes(piece.start + at.start, arrays[0][at], arrays[1][at] if len(arrays) > 1 else None)
 

@@ -1,7 +1,8 @@
 """Features of sessions and of items: what kind a column is, and its values as towers take them.
 
-The type of the column decides: integers and strings are keys with an embedding each, lists of these are pooled,
-floats are standardised numbers, and fixed-size lists of floats are vectors that somebody else has trained.
+The type of the column decides: integers and strings are keys with an embedding each, lists of these are pooled, with
+weights where they are maps to floats (or lists of structs of a key and a float), floats are standardised numbers, and
+fixed-size lists of floats are vectors that somebody else has trained.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import pyarrow.parquet as pq
 
 from cluster.errors import DataError
 from cluster.storage import open_filesystem
+from embedding_service.hashed_keys import KeyMap
 from embedding_service.keys import Vocabulary
 from embedding_service.ragged import Ragged
-from embedding_service.towers import Given, TowerInput
-from trainers.session_batch import Field, decode_column, feature_type
+from embedding_service.towers import Given, TowerInput, weighted
+from trainers.session_batch import Field, decode_column, feature_type, is_weighted
 
-Kind = Literal["key", "list", "number", "vector"]
+Kind = Literal["key", "list", "weighted", "number", "vector"]
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,34 @@ class Feature:
 
     @property
     def has_keys(self) -> bool:
-        return self.kind in ("key", "list")
+        return self.kind in ("key", "list", "weighted")
+
+    @property
+    def is_list(self) -> bool:
+        return self.kind in ("list", "weighted")
+
+    def keys(self, column: pa.Array) -> pa.Array:
+        """The keys in the decoded `column` of such a feature, without nulls."""
+        if self.kind == "key":
+            return column.drop_null()
+        flat = column.flatten()
+        return flat.flatten()[0] if self.kind == "weighted" else flat
+
+    @classmethod
+    def of_type(cls, decoded: pa.DataType) -> Feature:
+        """The feature whose decoded column has this type, not standardised."""
+        return cls(_kind(decoded), _width(decoded))
 
     @classmethod
     def of(cls, block: TowerInput) -> Feature:
         """The feature behind an input of a tower."""
         if block.encoder == "project":
             return cls("number" if block.width == 1 else "vector", block.width, block.center, block.scale)
-        return cls("list" if block.encoder in ("mean", "sum") else "key")
+        kinds: dict[str, Kind] = dict.fromkeys(("mean", "sum"), "list")
+        kinds |= dict.fromkeys(("weighted_mean", "weighted_sum"), "weighted")
+        return cls(kinds.get(block.encoder, "key"))
 
-    def values(self, column: pa.Array, keys: Vocabulary | None) -> Given:
+    def values(self, column: pa.Array, keys: KeyMap | None) -> Given:
         """The decoded `column` [n] as towers take it; `keys`: its key map, where it has one.
 
         Raises DataError for a column of another kind.
@@ -61,8 +81,12 @@ class Feature:
         if self.kind == "key":
             return keys.rows(column)
         lists = Ragged.from_arrow(column)
-        rows = keys.rows(lists.values)
-        return lists.with_values(rows).keep(rows >= 0)
+        if self.kind == "list":
+            rows = keys.rows(lists.values)
+            return lists.with_values(rows).keep(rows >= 0)
+        found, weights = lists.values.flatten()
+        rows = keys.rows(found)
+        return lists.with_values(weighted(rows, weights.to_numpy(zero_copy_only=False))).keep(rows >= 0)
 
 
 def describe(chunks: Iterable[pa.Array]) -> tuple[Feature, Vocabulary | None]:
@@ -76,9 +100,9 @@ def describe(chunks: Iterable[pa.Array]) -> tuple[Feature, Vocabulary | None]:
         raise DataError("there are no rows")
     column = (chunk for part in ([first], chunks) for chunk in part)
     kind, width = _kind(first.type), _width(first.type)
-    if kind in ("key", "list"):
-        keys = (chunk.flatten() if kind == "list" else chunk.drop_null() for chunk in column)
-        return Feature(kind), Vocabulary.build(keys, unknown="skip")
+    feature = Feature(kind)
+    if feature.has_keys:
+        return feature, Vocabulary.build((feature.keys(chunk) for chunk in column), unknown="skip")
     moments = _Moments()
     for chunk in column:
         numbers = _numbers(chunk)
@@ -93,6 +117,8 @@ def describe(chunks: Iterable[pa.Array]) -> tuple[Feature, Vocabulary | None]:
 
 
 def _kind(decoded: pa.DataType) -> Kind:
+    if is_weighted(decoded):
+        return "weighted"
     if pa.types.is_large_list(decoded):
         return "list"
     if pa.types.is_fixed_size_list(decoded):
@@ -190,7 +216,7 @@ def _column(table: pa.Table, name: str, source: str) -> pa.Array:
         column = _fixed_size(column, name, source)
     to = feature_type(column.type)
     if to is None:
-        expected = "integers, strings, lists of these, floats, or lists of equally many floats"
+        expected = "integers, strings, lists of these, maps of these to floats, floats, or lists of equally many floats"
         problem = f"column `{name}` is {found}; expected {expected}: convert it, or leave it out of the table"
         raise DataError(problem, file=source)
     decoded, problems = decode_column(Field(f"item feature {name}", name, "feature", ""), [column], to)

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from embedding_service.mapped_tables import MappedTables
 from embedding_service.ragged import Ragged
+from embedding_service.row_maps import RowMap
 from embedding_service.sharding import MakeTables, ShardedTables
-from embedding_service.tables import Precision, TableSpec, deduplicate
+from embedding_service.tables import TableSpec, deduplicate
 from embedding_service.towers import Given, Tower, TowerInput, TowerSpec, input_rows
 from trainers import skipgram
 from trainers.examples import TokenBlock, TokenPlan, equal_shares
@@ -26,6 +28,7 @@ from trainers.lookups import read_blocks
 from trainers.merge import principal_axes, temper
 from trainers.negatives import UnigramSampler, keep_probability
 from trainers.prepare import Sessions
+from trainers.row_runs import RowRuns
 
 _TABLES = {"input": "input", "item": "output"}  # vector set of the artifact -> table
 _REUSE = 2  # how often a drawn negative is used in a block, on average; with 8, eight workers disagree about them
@@ -74,11 +77,10 @@ class Item2Vec:
 
     def __init__(
         self,
-        counts: np.ndarray,
+        counts: np.ndarray | RowRuns,
         *,
-        dim: int,
-        precision: Precision,
-        init_scale: float,
+        tables: Sequence[TableSpec],
+        maps: Mapping[str, RowMap],
         cbow: bool,
         window: int,
         ordered: bool,
@@ -94,24 +96,27 @@ class Item2Vec:
         device: torch.device,
         make_tables: MakeTables = ShardedTables,
     ) -> None:
-        """counts: int64 [rows], how often each item occurs in training; block_items: items of a worker's step."""
-        self.num_items, self.counts = len(counts), counts
-        self.tables = make_tables(
-            [
-                TableSpec("input", len(counts), dim, init_scale or 0.5 / dim, precision),
-                TableSpec("output", len(counts), dim, 0.0, precision),
-            ],
+        """counts: int64 [rows], how often each item occurs in training; tables, maps: see `model_tables`; block_items:
+        items of a worker's step.
+        """
+        self.num_items, self.counts = len(counts), RowRuns.of(counts)
+        dim = tables[0].dim
+        self.tables = MappedTables(
+            tables,
+            maps,
             optimizer="sgd",
             learning_rate=1.0,  # the kernel has applied the rate: the table adds the difference as it is
             seed=seed,
             device=device,
+            make_tables=make_tables,
         )
         block = TowerInput("history", "history", "input", dim, history_decay, history_length)
         self.query_tower = Tower(TowerSpec((block,), dim))
         self.dense: nn.ModuleDict = nn.ModuleDict()
         self.dense_optimizer: torch.optim.Optimizer | None = None
-        self._sampler = UnigramSampler(counts, negative_exponent)
-        self._keep = keep_probability(counts, subsample)
+        self._sampler = UnigramSampler(self.counts, negative_exponent)
+        self._keep = keep_probability(self.counts, subsample) if subsample > 0.0 else None
+        self._frozen = (self.tables.specs["input"].frozen, self.tables.specs["output"].frozen)
         self._cbow, self._window, self._ordered, self._num_negatives = cbow, window, ordered, num_negatives
         self._block_items, self._learning_rate, self._threads = block_items, learning_rate, threads
 
@@ -177,6 +182,9 @@ class Item2Vec:
         for part, result in zip(block.parts, learned, strict=True):
             skipgram.subtract_rows(gradients[0], part.source, result.source)
             skipgram.subtract_rows(gradients[1], part.target, result.target)
+        for name, gradient, ids in zip(("input", "output"), gradients, (block.source, block.target), strict=True):
+            if name in self.tables.maps:
+                gradient *= own_part(self.tables.maps[name], ids)[:, None]
         device = found["input"].device
         moves = [torch.from_numpy(gradient).to(device) for gradient in gradients]
         torch.autograd.backward([found["input"], found["output"]], moves)
@@ -199,6 +207,7 @@ class Item2Vec:
             num_negatives=self._num_negatives,
             learning_rate=rate,
             seed=part.seed,
+            frozen=self._frozen,
         )
         samples = (source[_sample(part.tokens)], target[_sample(part.tokens)], target[_sample(part.negatives)])
         return _Learned(
@@ -261,10 +270,29 @@ class Item2Vec:
         return {"item": "item", "input": "item"}
 
     def table_rows(self, name: str) -> int:
-        """Rows of the table behind a vector set."""
+        """Ids of the table behind a vector set."""
         return self.num_items
 
+    def table_of(self, name: str) -> str | None:
+        """The table that holds a vector set as it is."""
+        return _TABLES[name]
+
     similar_set = "input"
+
+
+def own_part(map: RowMap, ids: np.ndarray) -> np.ndarray:
+    """What part of its change each of a block's distinct `ids` (int64 [n]) gives to its rows: float32 [n].
+
+    Each has learned for itself, as if its rows were its own, and their changes add up in the rows that they share: a
+    row of n ids would overshoot n times over, if they agree, and by sqrt(n), if they do not. 1 / mean of sqrt(n) over
+    an id's rows; their mean, 1 / n, learns more slowly and no better, the plain sum diverges.
+    """
+    if not len(ids):
+        return np.empty(0, np.float32)
+    lists = map.lists(ids)
+    _, row, num = np.unique(lists.values, return_inverse=True, return_counts=True)
+    part: np.ndarray = lists.lengths / np.add.reduceat(np.sqrt(num)[row], lists.offsets[:-1])
+    return part.astype(np.float32)
 
 
 def _sample(rows: np.ndarray) -> np.ndarray:

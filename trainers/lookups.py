@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedding_service.sharding import ShardedTables
+from embedding_service.mapped_tables import MappedTables
 from embedding_service.tables import deduplicate
 from embedding_service.towers import InputRows, Sequences, pool
 
@@ -17,7 +17,7 @@ from embedding_service.towers import InputRows, Sequences, pool
 @dataclass(frozen=True)
 class _Use:
     table: str
-    index: Tensor  # int64 [m] into the table's distinct rows
+    index: Tensor  # int64 [m] into the table's distinct ids
     offsets: Tensor  # int64 [n + 1]
     weights: Tensor | None  # float32 [m]; None: a sequence
     single: bool  # every list has one row of weight 1
@@ -25,7 +25,7 @@ class _Use:
 
 @dataclass(frozen=True)
 class Lookups:
-    """What one step asks the tables: `ids` table -> int64 [u] distinct rows, and how every input is made of them.
+    """What one step asks the tables: `ids` table -> int64 [u] distinct ids, and what every input makes of them.
 
     `numbers`: name -> float32 [n, width] of the inputs that are given and not looked up.
     """
@@ -35,7 +35,7 @@ class Lookups:
     numbers: dict[str, Tensor]
 
     def blocks(self, rows: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor | Sequences]:
-        """Input name -> what its tower takes, from `ShardedTables.lookup(self.ids)`; `prefix`: only of the inputs whose
+        """Input name -> what its tower takes, from `MappedTables.lookup(self.ids)`; `prefix`: only of the inputs whose
         names begin with it, which is taken off.
         """
         device = next(iter(rows.values())).device
@@ -86,7 +86,7 @@ def _use(table: str, index: np.ndarray, found: InputRows) -> _Use:
 
 @torch.no_grad()
 def read_blocks(
-    tables: ShardedTables, inputs: Mapping[str, InputRows | np.ndarray], table_of: Mapping[str, str]
+    tables: MappedTables, inputs: Mapping[str, InputRows | np.ndarray], table_of: Mapping[str, str]
 ) -> dict[str, Tensor | Sequences]:
     """Input name -> what its tower takes, without a gradient. A collective call."""
     lookups = plan_lookups(inputs, table_of)

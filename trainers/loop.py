@@ -7,6 +7,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ from cluster.storage import remove_folder, write_atomic, write_json
 from trainers.cases import Cases, load_validation
 from trainers.catalogue import evaluate_model
 from trainers.checkpoint import CheckpointStore, Position, Progress, check_same_run
+from trainers.growth import check_grow, grow
 from trainers.metrics import parse_metric
-from trainers.models import Model, Step, build_model, check_model
+from trainers.model_tables import table_warnings
+from trainers.models import Model, Step, build_model, check_model, tables_of
 from trainers.objectives import schedule
 from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, prepare
 from trainers.sessions import SessionReader, read_ahead
+from trainers.start import start_from_files
+from trainers.table_report import lines_of, table_report
 
 _STEPS_BETWEEN_QUESTIONS = 16  # whether a checkpoint is due, whether to stop
 _STOP = "stop"  # a file of this name in a run's folder stops its training
@@ -40,6 +45,7 @@ def train(config: Config, *, fresh: bool = False, on_event: Listener | None = No
     """
     parse_metric(config.train.metric)
     check_model(config)
+    check_grow(config)
     open_reader(config)  # a mistake in the data is told before anything is removed or started
     run = Path(config.run)
     if run.exists() and not run.is_dir():
@@ -48,7 +54,7 @@ def train(config: Config, *, fresh: bool = False, on_event: Listener | None = No
     if fresh:
         for name in ("checkpoints", "prepared", "tensorboard"):
             remove_folder(run / name)
-        for name in ("metrics.jsonl", "result.json"):
+        for name in ("metrics.jsonl", "result.json", "start.json"):
             (run / name).unlink(missing_ok=True)
     elif (before := store.newest_config()) is not None:
         check_same_run(before, config, store.folder)
@@ -94,20 +100,35 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     prepared = load_prepared(config.run, reader.fingerprint)
     model = build_model(config, prepared, device=place.device, threads=torch.get_num_threads())
     progress, warnings = store.resume(model, config)
+    if not progress.step:
+        _start_tables(config, prepared, model, place)
     cases = load_validation(config, prepared)
     if progress.metric != config.train.metric:  # another one now chooses the best
         progress.metric, progress.best_value, progress.best_epoch, progress.bad_validations = (
             config.train.metric, None, -1, 0,
         )  # fmt: skip
+    tables = None
     if place.is_first:
         write_atomic(Path(config.run) / "config.toml", to_toml(config).encode())
         _announce(config, prepared, model, progress, warnings)
-    run = _Run(config, place, reader, prepared, model, store, progress, cases)
+        tables = _announce_tables(config, prepared)
+    run = _Run(config, place, reader, prepared, model, store, progress, cases, tables)
     try:
         run.train()
     finally:
         run.close()
     return run.result()
+
+
+def _start_tables(config: Config, prepared: Prepared, model: Model, place: Rank) -> None:
+    """Where a new run begins other than at random; what came of it is told, and kept in `<run>/start.json`."""
+    starts = start_from_files(config, prepared, model)
+    if config.train.grow:
+        starts += grow(config, prepared, model, place)
+    if starts and place.is_first:
+        for start in starts:
+            report({"kind": "note", "text": start.text()})
+        write_json(Path(config.run) / "start.json", [asdict(start) for start in starts])
 
 
 def _prepare(config: Config, reader: SessionReader, store: CheckpointStore) -> None:
@@ -134,7 +155,9 @@ class _Run:
         store: CheckpointStore,
         progress: Progress,
         cases: Cases | None,
+        tables: list[dict[str, Any]] | None,
     ) -> None:
+        self.tables = tables
         self.config, self.place, self.reader, self.prepared = config, place, reader, prepared
         self.model, self.store, self.progress, self.cases = model, store, progress, cases
         self.holdout = holdout_of(config, reader.num_sessions)
@@ -308,6 +331,7 @@ class _Run:
             "seconds": progress.seconds,
             "workers": self.place.world_size,
             "items": self.model.num_items,
+            "tables": self.tables,
             "bad_rows": max(progress.bad_rows, self.reader.num_bad),
             "best_epoch": progress.best_epoch + 1 if progress.best_epoch >= 0 else None,
             "best": {self.config.train.metric: progress.best_value} if progress.best_value is not None else {},
@@ -372,6 +396,17 @@ def _announce(config: Config, prepared: Prepared, model: Model, progress: Progre
         done = position.epoch >= config.train.epochs
         text = "nothing left to do; raise train.epochs to go on" if done else f"going on at {where}"
         report({"kind": "note", "text": f"checkpoint of step {progress.step} loaded: {text}"})
+
+
+def _announce_tables(config: Config, prepared: Prepared) -> list[dict[str, Any]]:
+    """Tell of tables whose keys share rows; the report of all tables."""
+    tables = tables_of(config, prepared)
+    found = table_report(tables)
+    for line in lines_of(found):
+        report({"kind": "note", "text": line})
+    for warning in table_warnings(tables):
+        report({"kind": "note", "text": f"warning: {warning}"})
+    return found
 
 
 def _mix(*numbers: int) -> int:

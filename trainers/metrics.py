@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from cluster.errors import DataError, SettingError
 from embedding_service.ragged import Ragged
+from trainers.row_runs import RowRuns
 
 Rows = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
@@ -133,8 +134,8 @@ class Tally:
     items that were found; then how many there are of each frequency.
     """
 
-    def __init__(self, ks: Sequence[int], counts: Rows) -> None:
-        """counts: int64 [rows], the training interactions of each row."""
+    def __init__(self, ks: Sequence[int], counts: Rows | RowRuns) -> None:
+        """counts: int64 by row, the training interactions of each row."""
         self._ks, self._counts = tuple(ks), counts
         self._names = [f"{name}@{k}" for k in ks for name in METRICS]
         self.sums = np.zeros(len(self._names) + 1 + len(FREQUENCIES) * (len(ks) + 1))
@@ -145,7 +146,9 @@ class Tally:
         by_metric = [float(np.nansum(values[name])) for name in self._names]
         asked = int(np.count_nonzero(truth.lengths))
         place = np.asarray(truth.values, dtype=np.int64)
-        frequency = np.searchsorted(_FREQUENCY_STARTS, np.where(place >= 0, self._counts[place], 0), side="right")
+        frequency = np.searchsorted(
+            _FREQUENCY_STARTS, np.where(place >= 0, self._counts[np.maximum(place, 0)], 0), side="right"
+        )
         found = [np.bincount(frequency, found_of(ranked, truth, k), len(FREQUENCIES)) for k in self._ks]
         by_frequency = np.concatenate([*found, np.bincount(frequency, minlength=len(FREQUENCIES))])
         self.sums += np.concatenate([by_metric, [asked], by_frequency])

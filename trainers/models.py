@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from cluster.config import Config, ModelSettings
 from cluster.errors import SettingError
 from embedding_service.keys import Vocabulary
+from embedding_service.mapped_tables import MappedTables
 from embedding_service.ragged import Ragged
 from embedding_service.sharding import MakeTables, ShardedTables
 from embedding_service.towers import Given, Tower
 from trainers.contrast import TEMPERATURES, ContrastSpec
 from trainers.item2vec import Item2Vec
 from trainers.mining import MiningSpec
+from trainers.model_tables import ModelTables, check_tables, model_tables
 from trainers.prepare import Prepared, Sessions, check_feature_names
+from trainers.row_runs import RowRuns
 from trainers.two_tower import TwoTower
 
 
@@ -45,12 +48,12 @@ class Step(Protocol):
 class Model(Protocol):
     """`Item2Vec` and `TwoTower`: what `loop`, `checkpoint`, `evaluate` and `export` call."""
 
-    tables: ShardedTables
+    tables: MappedTables
     dense: nn.ModuleDict
     dense_optimizer: torch.optim.Optimizer | None
     query_tower: Tower
     num_items: int
-    counts: np.ndarray  # int64 [num_items], how often training sees each
+    counts: RowRuns  # int64 by item row, how often training sees each
     similar_set: str
 
     def plan(self, sessions: Sessions, numbers: tuple[int, ...]) -> Plan: ...
@@ -61,12 +64,15 @@ class Model(Protocol):
     def vectors(self, name: str, start: int, stop: int) -> Tensor: ...
     def vector_sets(self) -> dict[str, str]: ...
     def table_rows(self, name: str) -> int: ...
+    def table_of(self, name: str) -> str | None: ...
 
 
-def item_counts(items: Vocabulary) -> np.ndarray:
-    """How often every row occurs in training, the unknown row included: int64 [rows]."""
-    counts = np.asarray(items.counts)
-    return counts if items.unknown == "skip" else np.append(counts, items.dropped)
+def item_counts(items: Vocabulary) -> RowRuns:
+    """How often every row occurs in training, the unknown row included: int64 by row."""
+    runs = RowRuns.of(np.asarray(items.counts))
+    if items.unknown == "skip":
+        return runs
+    return RowRuns(np.append(runs.starts, len(runs)), np.append(runs.values, items.dropped), len(runs) + 1)
 
 
 def check_model(config: Config) -> None:
@@ -74,6 +80,7 @@ def check_model(config: Config) -> None:
     model = config.model
     if model.dim % 4:
         raise SettingError("model.dim", f"must be divisible by 4, which the table kernels ask for; got {model.dim}")
+    check_tables(config)
     if model.kind == "item2vec":
         return
     known = ("user", "history", "last_item")
@@ -177,6 +184,11 @@ def _contrast_spec(config: Config) -> ContrastSpec:
     )
 
 
+def tables_of(config: Config, prepared: Prepared) -> ModelTables:
+    """The tables of the run's model. Raises SettingError."""
+    return model_tables(config, {name: key_map.num_rows for name, key_map in prepared.key_maps.items()})
+
+
 def build_model(
     config: Config,
     prepared: Prepared,
@@ -192,12 +204,12 @@ def build_model(
     check_model(config)
     model, train = config.model, config.train
     counts = item_counts(prepared.keys["item"])
+    tables = tables_of(config, prepared)
     if model.kind == "item2vec":
         return Item2Vec(
             counts,
-            dim=model.dim,
-            precision=model.precision,
-            init_scale=train.init_scale,
+            tables=tables.specs,
+            maps=tables.maps,
             cbow=model.architecture == "cbow",
             window=model.window,
             ordered=model.ordered,
@@ -215,7 +227,8 @@ def build_model(
         )
     return TwoTower(
         counts,
-        rows={name: vocabulary.num_rows for name, vocabulary in prepared.keys.items()},
+        tables=tables.specs,
+        maps=tables.maps,
         item_features=prepared.item_features,
         item_values=prepared.item_values,
         query=model.query,
@@ -226,8 +239,6 @@ def build_model(
         history_encoder=model.history_encoder,
         hidden=model.hidden,
         dim=model.dim,
-        precision=model.precision,
-        init_scale=train.init_scale,
         examples=model.examples,
         mask=model.mask,
         history_decay=model.history_decay,

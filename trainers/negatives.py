@@ -8,44 +8,48 @@ import torch
 from torch import Tensor, nn
 
 from embedding_service.hashing import stable_hash
+from trainers.row_runs import RowRuns
 
 
 class UnigramSampler:
     """Draws rows with probability proportional to count ** exponent, in constant time (Walker's alias method, 1977).
 
     exponent .75 is word2vec's (Mikolov et al. 2013); 0 is uniform; items want less than words, or even a negative one
-    (Caselles-Dupré et al. 2018). Rows with count 0 are never drawn, unless all are.
+    (Caselles-Dupré et al. 2018). Rows with count 0 are never drawn, unless all are. A run of rows with one count is
+    drawn as a whole, then a row of it, so that memory is that of the runs.
     """
 
-    def __init__(self, counts: np.ndarray, exponent: float) -> None:
+    def __init__(self, counts: np.ndarray | RowRuns, exponent: float) -> None:
         """counts: int64 [rows]."""
         self.probability = unigram_probability(counts, exponent)
-        self._accept, self._alias = _alias_tables(self.probability)
+        self._starts, self._lengths = self.probability.starts, self.probability.lengths
+        self._accept, self._alias = _alias_tables(self.probability.values * self._lengths)
 
     def draw(self, num: int, seed: int) -> np.ndarray:
         """`num` rows as int64, a pure function of `seed`."""
-        rows: np.ndarray = _draw(self._accept, self._alias, num, np.uint64(seed))
+        rows: np.ndarray = _draw(self._accept, self._alias, self._starts, self._lengths, num, np.uint64(seed))
         return rows
 
 
-def unigram_probability(counts: np.ndarray, exponent: float) -> np.ndarray:
-    """count ** exponent, normalised over the rows that occur: float64 [rows]."""
-    weight = np.zeros(len(counts))
-    seen = counts > 0
+def unigram_probability(counts: np.ndarray | RowRuns, exponent: float) -> RowRuns:
+    """count ** exponent, normalised over the rows that occur: float64 for each of `counts`."""
+    runs = RowRuns.of(counts)
+    seen = runs.values > 0
     if not seen.any():
-        return np.full(len(counts), 1.0 / len(counts))
-    weight[seen] = counts[seen].astype(np.float64) ** exponent
-    weight /= weight.sum()
-    return weight
+        return runs.map(lambda values: np.full(len(values), 1.0 / max(1, len(runs))))
+    weight = np.zeros(len(seen))
+    weight[seen] = runs.values[seen].astype(np.float64) ** exponent
+    weight /= (weight * runs.lengths).sum()
+    return RowRuns(runs.starts, weight, len(runs))
 
 
-def frequency(counts: np.ndarray) -> np.ndarray:
-    """The share of all events that each row has, which is how often it is a batch's positive: float64 [rows].
+def frequency(counts: np.ndarray | RowRuns) -> RowRuns:
+    """The share of all events that each row has, which is how often it is a batch's positive: float64 for each.
 
     Rows that never occur get half an event, so that the log stays finite.
     """
-    share: np.ndarray = np.maximum(counts, 0.5) / max(1, int(counts.sum()))
-    return share
+    runs = RowRuns.of(counts)
+    return runs.map(lambda values: np.maximum(values, 0.5) / max(1, int(runs.sum())))
 
 
 class StreamingFrequency(nn.Module):
@@ -96,16 +100,20 @@ class StreamingFrequency(nn.Module):
         return np.stack([stable_hash(items, seed=table + 1) % slots for table in range(2)]).astype(np.int64)
 
 
-def keep_probability(counts: np.ndarray, threshold: float) -> np.ndarray:
-    """Subsampling of frequent keys: min(1, sqrt(t / f) + t / f) with f the key's share of all events: float32 [rows].
+def keep_probability(counts: np.ndarray | RowRuns, threshold: float) -> RowRuns:
+    """Subsampling of frequent keys: min(1, sqrt(t / f) + t / f) with f the key's share of all events: float32 for each.
 
-    word2vec's code (Mikolov et al. 2013, whose paper leaves the second term out); threshold 0 keeps everything.
+    word2vec's code (Mikolov et al. 2013, whose paper leaves the second term out). threshold: t, above 0.
     """
-    if threshold <= 0.0:
-        return np.ones(len(counts), np.float32)
-    share = np.maximum(counts, 1) / max(1, counts.sum())
-    kept: np.ndarray = np.minimum(1.0, np.sqrt(threshold / share) + threshold / share)
-    return kept.astype(np.float32)
+    runs = RowRuns.of(counts)
+    total = max(1, int(runs.sum()))
+
+    def kept(values: np.ndarray) -> np.ndarray:
+        share = np.maximum(values, 1) / total
+        probability: np.ndarray = np.minimum(1.0, np.sqrt(threshold / share) + threshold / share)
+        return probability.astype(np.float32)
+
+    return runs.map(kept)
 
 
 @numba.njit("Tuple((float64[::1], int64[::1]))(float64[::1])", nogil=True, cache=True)
@@ -140,8 +148,10 @@ def _alias_tables(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return accept, alias
 
 
-@numba.njit("int64[::1](float64[::1], int64[::1], int64, uint64)", nogil=True, cache=True)
-def _draw(accept: np.ndarray, alias: np.ndarray, num: int, seed: np.uint64) -> np.ndarray:
+@numba.njit("int64[::1](float64[::1], int64[::1], int64[::1], int64[::1], int64, uint64)", nogil=True, cache=True)
+def _draw(
+    accept: np.ndarray, alias: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num: int, seed: np.uint64
+) -> np.ndarray:
     out = np.empty(num, np.int64)
     base = (seed + np.uint64(1)) * np.uint64(0xD1342543DE82EF95)
     for i in range(num):
@@ -149,10 +159,16 @@ def _draw(accept: np.ndarray, alias: np.ndarray, num: int, seed: np.uint64) -> n
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
-        row = np.int64(z % np.uint64(accept.size))
+        run = np.int64(z % np.uint64(accept.size))
         z = (z + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
         coin = np.float64((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
-        out[i] = row if coin < accept[row] else alias[row]
+        if coin >= accept[run]:
+            run = alias[run]
+        row = starts[run]
+        if lengths[run] > 1:
+            z = (z + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0x94D049BB133111EB)
+            row += np.int64((z ^ (z >> np.uint64(31))) % np.uint64(lengths[run]))
+        out[i] = row
     return out
 
 

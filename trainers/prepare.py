@@ -17,13 +17,16 @@ import pyarrow.parquet as pq
 from cluster.config import Config
 from cluster.errors import ArtifactError, CheckpointError, DataError, SettingError
 from cluster.storage import publish_folder, remove_folder, write_json
-from embedding_service.keys import Vocabulary
+from embedding_service.hashed_keys import HashedKeys, KeyMap
+from embedding_service.hashing import key_array
+from embedding_service.keys import KeyType, Vocabulary
 from embedding_service.ragged import Ragged
 from embedding_service.towers import Given
 from trainers.features import Feature, describe, read_side_table
 from trainers.holdout import CaseSample, Holdout, cases_table
 from trainers.sessions import Columns, SessionBatch, SessionReader
 
+_HASHED = ".hashed.json"  # the file of a key map without a vocabulary
 _START_OVER = "name another folder with `--set run=...`, or start over with `--fresh`"
 
 
@@ -41,6 +44,7 @@ class Prepared:
     """What `prepare` left in a run's folder."""
 
     keys: dict[str, Vocabulary]  # item, user, and query_<feature>, item_<feature>
+    hashed_keys: dict[str, HashedKeys]  # those of these that have no vocabulary
     query_features: dict[str, Feature]
     item_features: dict[str, Feature]
     item_values: dict[str, Given]  # feature -> its value of every row of the item key map
@@ -49,12 +53,18 @@ class Prepared:
     shape: dict[str, Any]  # the settings that all this follows from
     folder: Path
 
+    @property
+    def key_maps(self) -> dict[str, KeyMap]:
+        """All key maps, with and without a vocabulary."""
+        return {**self.keys, **self.hashed_keys}
+
     def rows(self, batch: SessionBatch) -> Sessions:
         """`batch` with rows in the place of keys."""
+        key_maps = self.key_maps
         return Sessions(
             self.item_rows(batch.items),
-            self.keys["user"].rows(batch.user) if batch.user is not None and "user" in self.keys else None,
-            query_values(batch.features, self.query_features, self.keys),
+            key_maps["user"].rows(batch.user) if batch.user is not None and "user" in key_maps else None,
+            query_values(batch.features, self.query_features, key_maps),
         )
 
     def item_rows(self, items: Ragged) -> Ragged:
@@ -71,7 +81,7 @@ class Prepared:
 
 
 def query_values(
-    columns: Mapping[str, pa.Array], features: Mapping[str, Feature], keys: Mapping[str, Vocabulary]
+    columns: Mapping[str, pa.Array], features: Mapping[str, Feature], keys: Mapping[str, KeyMap]
 ) -> dict[str, Given]:
     """Decoded columns of sessions or cases as the query tower takes them. Raises DataError for one of another kind."""
     found = {}
@@ -134,20 +144,34 @@ def prepare(config: Config, reader: SessionReader, *, is_begun: bool) -> None:
         keys = {"item": Vocabulary.build(items(), min_count=config.keys.min_count, unknown=config.keys.unknown)}
     except DataError as error:
         raise error if error.file else DataError(error.problem, file=config.data.train) from None
+    hashed = {name for name, chosen in config.tables.items() if not chosen.vocabulary}
+    hashed_keys: dict[str, HashedKeys] = {}
     if config.data.user:
-        users = (
-            batch.user
-            for batch in reader.stream(Columns(items=config.data.items, user=config.data.user, text=config.data.text))
-        )
-        keys["user"] = Vocabulary.build((user for user in users if user is not None), unknown="skip")
+        columns = Columns(items=config.data.items, user=config.data.user, text=config.data.text)
+        users = (batch.user for batch in reader.stream(columns) if batch.user is not None)
+        if "user" in hashed:
+            hashed_keys["user"] = HashedKeys(_key_type(users, config.data.user, config.data.train))
+        else:
+            keys["user"] = Vocabulary.build(users, unknown="skip")
     query_features: dict[str, Feature] = {}
     for name in config.data.query_features:
         columns = Columns(items=config.data.items, features=(name,), text=config.data.text)
         chunks = (batch.features[name] for batch in reader.stream(columns))
-        query_features[name] = _described(name, chunks, "query", keys, config.data.train)
+        if f"query_{name}" in hashed:
+            first = next(chunks, pa.array([], pa.float64()))
+            query_features[name] = feature = Feature.of_type(first.type)
+            if not feature.has_keys:
+                raise SettingError(
+                    f"tables.query_{name}", f"column `{name}` holds {first.type}, not keys: it has no table"
+                )
+            hashed_keys[f"query_{name}"] = HashedKeys(_key_type([feature.keys(first)], name, config.data.train))
+        else:
+            query_features[name] = _described(name, chunks, "query", keys, config.data.train)
     item_features = _item_features(config, keys, temporary)
     for name, vocabulary in keys.items():
         vocabulary.save(temporary / f"{name}.arrow")
+    for name, one in hashed_keys.items():
+        one.save(temporary / f"{name}{_HASHED}")
     cases = sample.result()
     if cases is not None:
         pq.write_table(cases_table(cases), temporary / "valid.parquet")
@@ -187,16 +211,29 @@ def load_prepared(run: str | Path, fingerprint: str | None = None) -> Prepared:
             + _START_OVER
         )
     keys = {path.stem: Vocabulary.load(path) for path in sorted(folder.glob("*.arrow"))}
+    hashed = {path.name.removesuffix(_HASHED): HashedKeys.load(path) for path in sorted(folder.glob(f"*{_HASHED}"))}
     values = {name: _load_values(folder, name, feature) for name, feature in item_features.items()}
-    return Prepared(keys, query_features, item_features, values, known, num_sessions, shape, folder)
+    return Prepared(keys, hashed, query_features, item_features, values, known, num_sessions, shape, folder)
 
 
 def _shape(config: Config) -> dict[str, Any]:
     """The settings that decide what `prepare` builds, as JSON."""
     names = "items text user query_features item_features valid holdout holdout_fraction bad_rows"
     data = {name: getattr(config.data, name) for name in names.split()}
-    shape = {**data, **vars(config.keys), "seed": config.train.seed, "cases": config.train.validate_cases}
+    keys = {"min_count": config.keys.min_count, "unknown": config.keys.unknown}
+    shape = {**data, **keys, "seed": config.train.seed, "cases": config.train.validate_cases}
+    hashed = sorted(name for name, chosen in config.tables.items() if not chosen.vocabulary)
+    if hashed:
+        shape["hashed"] = hashed
     return dict(json.loads(json.dumps(shape)))
+
+
+def _key_type(chunks: Iterable[pa.Array], column: str, source: str) -> KeyType:
+    """The type of the keys in `chunks`, of which one is enough. Raises DataError."""
+    first = next(iter(chunks), None)
+    if first is None:
+        raise DataError(f"column `{column}`: there are no rows", file=source)
+    return "int64" if key_array(first).type == pa.int64() else "string"
 
 
 def check_feature_names(setting: str, names: Iterable[str]) -> None:
@@ -257,7 +294,7 @@ def _load_values(folder: Path, name: str, feature: Feature) -> Given:
     path = folder / f"item_{name}.npy"
     try:
         values: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-        if feature.kind == "list":
+        if feature.is_list:
             path = folder / f"item_{name}.offsets.npy"
             return Ragged(values, np.load(path, allow_pickle=False))
         return values

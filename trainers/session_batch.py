@@ -57,8 +57,8 @@ class SessionBatch:
     """n sessions. Keys are int64 or large_string Arrow arrays, whatever their type in the file.
 
     `row_ids` int64 [n] is the number of a session in file order, bad rows counted. `user` [n] has no nulls; `time` [n]
-    is timestamp[us] (UTC), int64 or float64 and has no nulls; `features` [n] are keys, large_lists of keys, float64
-    numbers or fixed_size_lists of float32, and may have nulls: unknown.
+    is timestamp[us] (UTC), int64 or float64 and has no nulls; `features` [n] are keys, large_lists of keys or of
+    structs (key, weight float32), float64 numbers or fixed_size_lists of float32, and may have nulls: unknown.
     """
 
     items: Ragged
@@ -216,6 +216,8 @@ def _decode_feature(
     one: Field, chunks: Sequence[pa.Array], to: pa.DataType
 ) -> tuple[pa.Array, list[tuple[str, npt.NDArray[np.bool_]]]]:
     """A feature that is no key: a large_list of keys without nulls, float64 (nan is null), or a fixed_size_list."""
+    if is_weighted(to):
+        return _decode_weighted(one, chunks, to)
     if pa.types.is_large_list(to):
         parts = [Ragged.from_arrow(part) for part in chunks]
         keys, out_of_range = _decode_values([part.values for part in parts], to.value_type)
@@ -234,6 +236,32 @@ def _decode_feature(
     wrong = np.zeros(len(joined), bool)
     wrong[_mask(joined.is_valid())] = ~np.isfinite(components).all(axis=1)
     return joined, _problems(one.name, ("has a null, nan or infinite number in its vector", wrong))
+
+
+def _decode_weighted(
+    one: Field, chunks: Sequence[pa.Array], to: pa.DataType
+) -> tuple[pa.Array, list[tuple[str, npt.NDArray[np.bool_]]]]:
+    """Keys with weights: a large_list of structs; those without a key are left out."""
+    parts = [Ragged.from_arrow(part) for part in chunks]
+    fields = [part.values.flatten() for part in parts]  # the nulls of a struct are those of its fields
+    keys, out_of_range = _decode_values([key for key, _ in fields], to.value_type.field(0).type)
+    weights = (
+        concat_values([weight.cast(pa.float32()) for _, weight in fields]) if fields else pa.array([], pa.float32())
+    )
+    lists = Ragged(
+        pa.StructArray.from_arrays([keys, weights], fields=list(to.value_type)),
+        offsets_of(np.concatenate([np.empty(0, np.int64), *(part.lengths for part in parts)])),
+    )
+    known = _mask(keys.is_valid())
+    wrong = known & ~np.isfinite(weights.to_numpy(zero_copy_only=False))
+    problems = _problems(
+        one.name,
+        (_TOO_LARGE, None if out_of_range is None else _rows_of(lists, out_of_range)),
+        ("has a null, nan or infinite weight", _rows_of(lists, wrong)),
+    )
+    if not known.all():
+        lists = lists.keep(known)
+    return pa.LargeListArray.from_arrays(pa.array(lists.offsets), lists.values).cast(to), problems
 
 
 _TOO_LARGE = "has a key above 9223372036854775807, the largest int64"
@@ -306,9 +334,12 @@ def _decoded(found: pa.DataType, kind: str) -> pa.DataType | None:
 
 
 def feature_type(found: pa.DataType) -> pa.DataType | None:
-    """What a feature column is decoded to: keys, large_lists of keys, float64 numbers, fixed_size_lists of float32;
-    None for a type that can be none of these.
+    """What a feature column is decoded to: keys, large_lists of keys or of (key, weight) structs, float64 numbers,
+    fixed_size_lists of float32; None for a type that can be none of these.
     """
+    weighted = _weighted_type(found)
+    if weighted is not None:
+        return weighted
     if pa.types.is_floating(found):
         return pa.float64()
     if pa.types.is_fixed_size_list(found) and pa.types.is_floating(found.value_type):
@@ -317,6 +348,27 @@ def feature_type(found: pa.DataType) -> pa.DataType | None:
         key = _key_type(found.value_type)
         return None if key is None else pa.large_list(key)
     return _key_type(found)
+
+
+def _weighted_type(found: pa.DataType) -> pa.DataType | None:
+    """What keys with weights are decoded to: a map from keys to floats, or a list of structs of a key and a float."""
+    if pa.types.is_map(found):
+        key, weight = found.key_type, found.item_type
+    elif (pa.types.is_list(found) or pa.types.is_large_list(found)) and pa.types.is_struct(found.value_type):
+        if found.value_type.num_fields != 2:
+            return None
+        key, weight = (one.type for one in found.value_type)
+    else:
+        return None
+    keys = _key_type(key)
+    if keys is None or not pa.types.is_floating(weight):
+        return None
+    return pa.large_list(pa.struct([("key", keys), ("weight", pa.float32())]))
+
+
+def is_weighted(decoded: pa.DataType) -> bool:
+    """Whether a decoded feature column holds keys with weights."""
+    return bool(pa.types.is_large_list(decoded) and pa.types.is_struct(decoded.value_type))
 
 
 def _is_key(decoded: pa.DataType) -> bool:
@@ -346,7 +398,7 @@ def _wrong_type(schema: pa.Schema, one: Field, found: pa.DataType) -> str:
         "lists": f"a list or large_list of {key}",
         "text": "a string, as data.text is true",
         "time": "a timestamp, a date or a number",
-        "feature": f"{key}, lists of these, floats or a fixed_size_list of floats",
+        "feature": f"{key}, lists of these, maps from these to floats, floats or a fixed_size_list of floats",
     }.get(one.kind, key)
     message = f"column `{one.name}` (for {one.role}) is {found}; expected {expected}"
     fitting = [f"`{other.name}`" for other in schema if _decoded(other.type, one.kind) is not None]

@@ -149,16 +149,19 @@ class SessionReader:
         """
         return read_ahead((window, self.read_window(epoch, window)) for window in range(start, self.num_windows()))
 
-    def stream(self, columns: Columns | None = None) -> Iterator[SessionBatch]:
+    def stream(self, columns: Columns | None = None, *, part: int = 0, num_parts: int = 1) -> Iterator[SessionBatch]:
         """All sessions in file order, at most `window_sessions` at a time, read ahead. Raises DataError.
 
-        `columns` may leave out columns of the reader's; rows are then judged by the others alone.
+        `columns` may leave out columns of the reader's; rows are then judged by the others alone. `part`: only the
+        sessions of one of `num_parts` parts of the data, cut between chunks and of nearly equal size.
         """
         assert columns is None or set(columns.fields()) <= set(self.columns.fields()), "not a subset of the columns"
-        return read_ahead(self._stream(columns or self.columns))
+        cuts = [-(-self.num_sessions * (part + i) // num_parts) for i in (0, 1)]
+        first, last = np.searchsorted(self._starts[:-1], cuts).tolist()  # the chunks that begin in the part
+        return read_ahead(self._stream(columns or self.columns, range(first, last)))
 
-    def _stream(self, columns: Columns) -> Iterator[SessionBatch]:
-        for _, batch, _ in self._decode(range(len(self._bad)), columns):
+    def _stream(self, columns: Columns, chunks: range) -> Iterator[SessionBatch]:
+        for _, batch, _ in self._decode(chunks, columns):
             for start in range(0, len(batch), self.window_sessions):
                 yield batch.slice(start, start + self.window_sessions)
 

@@ -33,6 +33,7 @@ def run_block(
     num_negatives: int,
     learning_rate: float,
     seed: int,
+    frozen: tuple[bool, bool] = (False, False),
 ) -> tuple[float, int, int]:
     """One pass of SGD over the block, changing `source` and `target` in place; a pure function of the arguments.
 
@@ -48,7 +49,8 @@ def run_block(
 
     source: float32 [u, width] and target: float32 [v, width], C-contiguous, the distinct rows of the block with zeros
     from the dimension to the width, a multiple of 16 (see `padded`); tokens: int64 [m] into both; offsets: int64
-    [n + 1], the sessions; negatives: int64 [q], a sample of rows of `target` that negatives are drawn from. Returns the
+    [n + 1], the sessions; negatives: int64 [q], a sample of rows of `target` that negatives are drawn from; frozen:
+    whether `source`, and whether `target`, stay as they are. Returns the
     summed loss over a sixteenth of the targets and its number of positive pairs (query, target), and the number of
     pairs (context, target) of the block.
     """
@@ -58,7 +60,7 @@ def run_block(
     assert target.flags.c_contiguous
     loss, pairs, contexts = _kernel(width, cbow)(
         source.reshape(-1), target.reshape(-1), tokens, offsets, negatives, window, num_negatives,
-        np.float32(learning_rate), np.uint64(seed % 2**64),
+        np.float32(learning_rate), np.uint64(seed % 2**64), *frozen,
     )  # fmt: skip
     return float(loss), int(pairs), int(contexts)
 
@@ -101,7 +103,7 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
     step = np.uint64(width)
 
     @numba.njit(nogil=True, fastmath=True, boundscheck=False, error_model="numpy", cache=True)
-    def run(source, target, tokens, offsets, negatives, window, num_negatives, rate, seed):  # type: ignore[no-untyped-def]
+    def run(source, target, tokens, offsets, negatives, window, num_negatives, rate, seed, keep_source, keep_target):  # type: ignore[no-untyped-def]
         longest = 0
         for s in range(offsets.size - 1):
             longest = max(longest, offsets[s + 1] - offsets[s])
@@ -204,7 +206,7 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
                     if output[o] == own:
                         for i in range(count):
                             change[i * columns + o] = np.float32(0.0)
-                for o in range(num_outputs):
+                for o in range(0 if keep_target else num_outputs):
                     row = output[o]
                     for i in range(0, count - 1, 2):
                         g0, g1, q = change[i * columns + o], change[(i + 1) * columns + o], np.uint64(i) * step
@@ -214,6 +216,8 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
                         g0, q = change[(count - 1) * columns + o], np.uint64(count - 1) * step
                         for d in range(step):
                             target[row + d] += g0 * queries[q + d]
+                if keep_source:
+                    continue
                 if cbow:
                     for d in range(step):
                         queries[d] = np.float32(0.0)

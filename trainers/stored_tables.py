@@ -1,12 +1,13 @@
 """A checkpoint's tables, read where they lie: rows are mapped from the shards' files, nothing is loaded whole.
 
-A shard is what torch.save has written: a zip archive with the bytes of the tensor, uncompressed, in `archive/data/0`.
-Which rows of which table are in which file says `tensors.json`. No process group and no pickle is needed.
+A piece of a shard is what torch.save has written: a zip archive with the bytes of the tensor, uncompressed, in
+`archive/data/0`. Which rows of which table are where says `tensors.json`. No process group and no pickle is needed.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ class StoredTables:
         try:
             described = json.loads((folder / "tensors.json").read_text())
             self._shards = {spec.name: _shards(folder, described, spec) for spec in specs}
+            self._first = {name: np.array([first for first, _ in shards]) for name, shards in self._shards.items()}
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"checkpoint {folder}: its tables cannot be read ({error})") from None
 
@@ -49,16 +51,18 @@ class StoredTables:
     def _rows(self, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         spec, shards = self.specs[name], self._shards[name]
         out = np.empty((len(rows), spec.dim), np.float32)
-        owner = np.searchsorted([first for first, _ in shards], rows, side="right") - 1
-        for i in np.unique(owner):
-            first, weights = shards[i]
-            members = np.flatnonzero(owner == i)
+        owner = np.searchsorted(self._first[name], rows, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        begins = np.flatnonzero(np.diff(owner[order], prepend=-1))
+        for begin, end in itertools.pairwise([*begins, len(rows)]):
+            members = order[begin:end]
+            first, weights = shards[owner[members[0]]]
             out[members] = weights[rows[members] - first]
         return out
 
 
 def _shards(folder: Path, described: Any, spec: TableSpec) -> list[tuple[int, npt.NDArray[Any]]]:
-    """(first row, its rows) of every shard of a table, ascending. Raises ValueError, KeyError."""
+    """(first row, its rows) of every piece of a table's shards, ascending. Raises ValueError, KeyError."""
     name = f"tables.weight.{spec.name}"
     tensor = described["tensors"][name]
     if tensor["size"] != [spec.rows, spec.dim]:

@@ -12,16 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from embedding_service.mapped_tables import MappedAsked, MappedTables
 from embedding_service.ragged import Ragged, take_values
-from embedding_service.sharding import Asked, MakeTables, ShardedTables
-from embedding_service.tables import Optimizer, Precision, TableSpec
-from embedding_service.towers import Given, InputRows, Tower, TowerInput, TowerSpec, input_rows, says
+from embedding_service.row_maps import RowMap
+from embedding_service.sharding import MakeTables, ShardedTables
+from embedding_service.tables import Optimizer, TableSpec
+from embedding_service.towers import Encoder, Given, InputRows, Tower, TowerInput, TowerSpec, input_rows, says
 from trainers.contrast import Contrast, ContrastSpec, Pool
 from trainers.examples import PairBatch, PairPlan
 from trainers.features import Feature
 from trainers.lookups import Lookups, plan_lookups, read_blocks
 from trainers.mining import HardNegatives
 from trainers.prepare import Sessions
+from trainers.row_runs import RowRuns
 
 HistoryEncoder = Literal["recency", "mean", "last", "attention", "gru"]
 
@@ -33,7 +36,7 @@ class _Step:
     batch: PairBatch
     pool: Pool | None
     lookups: Lookups
-    asked: Asked
+    asked: Mapping[str, Tensor] | MappedAsked
 
     @property
     def num_examples(self) -> int:
@@ -45,9 +48,10 @@ class TwoTower:
 
     def __init__(
         self,
-        counts: np.ndarray,
+        counts: np.ndarray | RowRuns,
         *,
-        rows: Mapping[str, int],
+        tables: Sequence[TableSpec],
+        maps: Mapping[str, RowMap],
         item_features: Mapping[str, Feature],
         item_values: Mapping[str, Given],
         query: Sequence[str],
@@ -58,8 +62,6 @@ class TwoTower:
         history_encoder: HistoryEncoder,
         hidden: tuple[int, ...],
         dim: int,
-        precision: Precision,
-        init_scale: float,
         examples: Literal["every_item", "next_item", "last_item"],
         mask: Literal["item", "session"],
         history_decay: float,
@@ -77,44 +79,47 @@ class TwoTower:
         unknown_row: int = -1,
         make_tables: MakeTables = ShardedTables,
     ) -> None:
-        """counts: int64 [items], how often each occurs; rows: key map -> table rows; item_values: item feature -> its
-        values of all items; unknown_row: the item row of unknown keys, -1 for none. What the settings mean: `lexshard
-        config`.
+        """counts: int64 [items], how often each occurs; tables, maps: see `model_tables`; item_values: item feature ->
+        its values of all items; unknown_row: the item row of unknown keys, -1 for none. What the settings mean:
+        `lexshard config`.
         """
-        self.num_items, self.counts, self._unknown_row = len(counts), counts, unknown_row
+        self.num_items, self.counts, self._unknown_row = len(counts), RowRuns.of(counts), unknown_row
         self._item_values = dict(item_values)
-        self._described = np.zeros(self.num_items, bool)  # items of which a feature is known
-        for values in item_values.values():
-            self._described |= says(values)
-        scale = init_scale or dim**-0.5
-        self._table_of = {"candidate": "item", "history": "item" if share_items else "history", "user": "user"}
+        known = [says(values) for values in item_values.values()]
+        self._described = np.logical_or.reduce(known) if known else None  # items of which a feature is known
+        dims = {spec.name: spec.dim for spec in tables}
+        self._table_of = {"candidate": "item", "history": "item" if share_items else "history"}
+        self._table_of |= {name: name for name in dims if name not in ("item", "history")}
+        item_dim = dims["item"]
+        history_dim = dims.get(self._table_of["history"], item_dim)
         inputs = [
-            history_input(history_encoder, dim, history_decay, history_length)
+            history_input(history_encoder, history_dim, history_decay, history_length)
             if source == "history"
-            else TowerInput(source, source, "user" if source == "user" else "history", dim)
+            else TowerInput("user", "user", "user", dims["user"])
+            if source == "user"
+            else TowerInput(source, source, "history", history_dim)
             for source in query
         ]
-        inputs += [feature_input("query", name, one, dim, list_pooling) for name, one in query_features.items()]
-        candidate = [TowerInput("candidate", "item", "candidate", dim)]
-        candidate += [feature_input("item", name, one, dim, list_pooling) for name, one in item_features.items()]
-        names = ["item"] + ["history"] * (not share_items and any(block.vectors == "history" for block in inputs))
-        names += ["user"] * ("user" in query)
-        features = [block.vectors for block in inputs + candidate if block.vectors.startswith(("query_", "item_"))]
-        names += features
-        self._table_of |= {name: name for name in features}
-        key_map = {"history": "item"}
-        self.tables = make_tables(
-            [TableSpec(name, rows[key_map.get(name, name)], dim, scale, precision) for name in names],
+        candidate = [TowerInput("candidate", "item", "candidate", item_dim)]
+        for side, block, features in (("query", inputs, query_features), ("item", candidate, item_features)):
+            block += [
+                feature_input(side, name, one, dims.get(f"{side}_{name}", dim), list_pooling)
+                for name, one in features.items()
+            ]
+        self.tables = MappedTables(
+            tables,
+            maps,
             optimizer=optimizer,
             learning_rate=learning_rate,
             seed=seed,
             device=device,
+            make_tables=make_tables,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.query_tower = Tower(TowerSpec(tuple(inputs), dim, hidden, normalize)).to(device)
             self.item_tower = Tower(TowerSpec(tuple(candidate), dim, hidden, normalize)).to(device)
-            self.contrast = Contrast(counts, contrast, dim=dim, device=device)
+            self.contrast = Contrast(self.counts, contrast, dim=dim, device=device)
         self.dense = nn.ModuleDict(
             {"query_tower": self.query_tower, "item_tower": self.item_tower, "contrast": self.contrast}
         )
@@ -263,7 +268,7 @@ class TwoTower:
         that training never sees always are.
         """
         has_id = self.counts[items] > 0
-        if without_id is not None:
+        if without_id is not None and self._described is not None:
             has_id &= ~(without_id & self._described[items])
         single: dict[str, Given] = {"item": np.where(has_id, items, -1)}
         single |= {name: take_values(values, items) for name, values in self._item_values.items()}
@@ -271,7 +276,8 @@ class TwoTower:
 
     def encode_queries(self, history: Ragged, single: Mapping[str, Given]) -> Tensor:
         """Query vectors of n cases: float32 [n, dim]; items that training never sees are unknown. A collective call."""
-        rows = np.where(self.counts[history.values] > 0, history.values, self._unknown_row)
+        known = self.counts[np.maximum(history.values, 0)] > 0
+        rows = np.where(known, history.values, self._unknown_row)
         history = history.with_values(rows).keep(rows >= 0)
         inputs = input_rows(self.query_tower.spec, history=history, single=single)
         with torch.no_grad():
@@ -297,8 +303,12 @@ class TwoTower:
         return {"item": "item"} | {name: "item" if name == "history" else name for name in sorted(read)}
 
     def table_rows(self, name: str) -> int:
-        """Rows of the table behind a vector set."""
-        return self.num_items if name == "item" else self.tables.specs[self._table_of[name]].rows
+        """Ids of the table behind a vector set."""
+        return self.num_items if name == "item" else self.tables.ids[self._table_of[name]]
+
+    def table_of(self, name: str) -> str | None:
+        """The table that holds a vector set as it is; None for what the item tower makes."""
+        return None if name == "item" else self._table_of[name]
 
     similar_set = "item"
 
@@ -319,4 +329,5 @@ def feature_input(side: str, name: str, feature: Feature, dim: int, list_pooling
     if not feature.has_keys:
         numbers = {"width": feature.width, "center": feature.center, "scale": feature.scale}
         return TowerInput(full, name, "", dim, encoder="project", **numbers)  # type: ignore[arg-type]
-    return TowerInput(full, name, full, dim, encoder=list_pooling if feature.kind == "list" else "pool")
+    encoders: dict[str, Encoder] = {"list": list_pooling, "weighted": f"weighted_{list_pooling}"}  # type: ignore[dict-item]
+    return TowerInput(full, name, full, dim, encoder=encoders.get(feature.kind, "pool"))

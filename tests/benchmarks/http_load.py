@@ -100,8 +100,7 @@ async def _drive(host: str, port: int, requests: list[bytes], connections: int, 
             writer.write(requests[turn % len(requests)])
             turn += connections
             head = await reader.readuntil(b"\r\n\r\n")
-            length = head.lower().split(b"content-length:", 1)[1].split(b"\r\n", 1)[0]
-            await reader.readexactly(int(length))
+            await _skip_body(reader, head.lower())
             latencies.append(time.perf_counter() - sent)
             errors += head[9:10] not in (b"2", b"3")
         writer.close()
@@ -111,6 +110,16 @@ async def _drive(host: str, port: int, requests: list[bytes], connections: int, 
     errors += sum(isinstance(outcome, BaseException) for outcome in outcomes)
     p50, p99 = np.percentile(latencies, [50, 99]) * 1e3 if latencies else (np.inf, np.inf)
     return Load(len(latencies) / wall, float(p50), float(p99), errors)
+
+
+async def _skip_body(reader: asyncio.StreamReader, head: bytes) -> None:
+    """Read to the end of an answer whose header, in lower case, is `head`."""
+    if b"transfer-encoding: chunked" not in head:
+        await reader.readexactly(int(head.split(b"content-length:", 1)[1].split(b"\r\n", 1)[0]))
+        return
+    while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
+        await reader.readexactly(size + 2)
+    await reader.readuntil(b"\r\n")
 
 
 def _main() -> None:

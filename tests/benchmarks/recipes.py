@@ -30,7 +30,7 @@ def run_recipe(name: str, ks: str, *settings: str) -> dict[str, Any]:
     own.
 
     The recipe's epochs were chosen on validation data; its training uses all of train. Returns {"seconds" of training,
-    "wall_seconds" of both, "peak_rss_bytes", "metrics"}.
+    "wall_seconds" of both, "peak_rss_bytes", "epochs", "tables", "num_cases", "metrics"}.
     """
     environment = {**os.environ, "LEXSHARD_DATA": str(data_folder())}
     with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
@@ -44,6 +44,7 @@ def run_recipe(name: str, ks: str, *settings: str) -> dict[str, Any]:
             "wall_seconds": round(time.monotonic() - started, 1),
             "peak_rss_bytes": trained["peak_rss_bytes"],
             "epochs": trained["epochs"],
+            "tables": trained["tables"],
             "num_cases": report["num_cases"],
             "metrics": {key: value for key, value in report["results"][0].items() if isinstance(value, float)},
         }

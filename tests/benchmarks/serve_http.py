@@ -61,7 +61,7 @@ def main() -> None:
         load_before = os.getloadavg()[0]
         note("starting the service")
         with serve_artifact(artifact.path, port=free_port(), threads=threads) as service:
-            deploy_bare(threads)
+            deploy_bare(service, threads)
             singles = measure_singles(service, artifact, args.rounds, args.seconds)
             bulk = measure_bulk(service, artifact, threads, args.rounds)
     index = artifact.manifest["indexes"]["recommend"]
@@ -119,8 +119,8 @@ class Bare:
         return "ok"
 
 
-def deploy_bare(threads: int) -> None:
-    """The bare endpoint, at /bare, with the options of ours."""
+def deploy_bare(service: Service, threads: int) -> None:
+    """The bare endpoint, at /bare, with the options of ours; returns once HAProxy passes requests on to it."""
     from ray import serve
 
     from embedding_service.app import deployment_options
@@ -129,6 +129,9 @@ def deploy_bare(threads: int) -> None:
     options["ray_actor_options"]["num_cpus"] = 0
     deployment: Any = serve.deployment(**options)
     serve.run(deployment(Bare).bind(), name="bare", route_prefix="/bare")
+    deadline = time.monotonic() + 60.0
+    while measure(service.address, ["/bare"], connections=1, seconds=0.1).errors:
+        assert time.monotonic() < deadline, "the bare endpoint does not answer"
 
 
 def measure_singles(service: Service, artifact: Artifact, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:

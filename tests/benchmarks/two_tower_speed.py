@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embedding_service.ragged import Ragged
-from embedding_service.tables import Optimizer
+from embedding_service.tables import Optimizer, TableSpec
 from tests.ranks import run_on_ranks
 from trainers.contrast import ContrastSpec
 from trainers.examples import PairBatch, PairPlan
@@ -206,7 +206,7 @@ class PlainLoop:
             for first, rows in model.tables.local_shards(name):
                 table.weight.data[first : first + len(rows)] = rows
         counts = np.bincount(sessions.items.values, minlength=self.tables["item"].num_embeddings)
-        self.log_q = torch.from_numpy(np.log(frequency(counts)).astype(np.float32))
+        self.log_q = torch.from_numpy(np.log(frequency(counts).dense()).astype(np.float32))
         self.with_history = any(block.source == "history" for block in model.query_tower.spec.inputs)
         weights = [table.weight for table in self.tables.values()]
         self.optimizer = (
@@ -267,7 +267,8 @@ def zipf_sessions(rows: int, num_items: int) -> Sessions:
 def new_model(sessions: Sessions, rows: int, history: bool, optimizer: Optimizer) -> TwoTower:
     return TwoTower(
         np.bincount(sessions.items.values, minlength=rows),
-        rows={"item": rows, "user": rows},
+        tables=[TableSpec(name, rows, DIM, DIM**-0.5) for name in ("item", "user")],
+        maps={},
         item_features={},
         item_values={},
         query=("user", "history") if history else ("user",),
@@ -278,8 +279,6 @@ def new_model(sessions: Sessions, rows: int, history: bool, optimizer: Optimizer
         history_encoder="mean",
         hidden=(),
         dim=DIM,
-        precision="fp32",
-        init_scale=0.0,
         examples="every_item",
         mask="session",
         history_decay=1.0,

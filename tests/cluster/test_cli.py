@@ -35,6 +35,8 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     for command in (
         "doctor",
         "sessions",
+        "profile",
+        "plan",
         "train",
         "tune",
         "export",
@@ -328,3 +330,26 @@ def test_user_errors_of_commands_reach_the_user(
     monkeypatch.setattr("trainers.event_log.sessionize", sessionize)
     assert cli.main(["sessions", "log.parquet", "out.parquet", "--item", "i", "--user", "u", "--time", "when"]) == 2
     assert capsys.readouterr().err == "lexshard: error: log.parquet: has no column `when`\n"
+
+
+def test_profile_of_paths_and_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "sessions.parquet"
+    pq.write_table(pa.table({"clicks": [[1, 2, 2], [2]], "city": ["x", "y"]}), source)
+    columns = ["--set", "data.items=clicks", "--set", "data.query_features=city"]
+    assert cli.main(["profile", str(source), *columns, "--output", str(tmp_path / "profile.json")]) == 0
+    shown = capsys.readouterr()
+    assert "2 sessions" in shown.out
+    rows = {line.split()[0]: line.split()[1:4] for line in shown.out.splitlines()[2:5]}
+    assert rows == {
+        "keys": ["occurrences", "distinct", "within"],
+        "item": ["4", "2", "exact"],
+        "query_city": ["2", "2", "exact"],
+    }
+    assert "lexshard plan CONFIG --profile" in shown.err
+    (tmp_path / "run.toml").write_text(f'[data]\ntrain = "{source}"\nitems = "clicks"\n')
+    assert cli.main(["profile", str(tmp_path / "run.toml"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    kept = json.loads((tmp_path / "profile.json").read_text())
+    assert found["columns"]["item"] == kept["columns"]["item"]
+    assert cli.main(["profile", str(source)]) == 2
+    assert "there is no column `items`" in capsys.readouterr().err

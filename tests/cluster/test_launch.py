@@ -18,7 +18,7 @@ from torch.distributed import DistBackendError
 from cluster.errors import DataError, KeyNotFound, LaunchError, SettingError
 from cluster.launch import launch, report
 from cluster.local_ray import start_local_ray
-from cluster.ray_train import _error_of_fn, _UserError
+from cluster.ray_train import UserError, _error_of_fn
 from tests.cluster import work
 
 SETTINGS: dict[str, Any] = {"numbers": [1, 2, 3.5, -4], "steps": 3, "nested": {"names": ["a", "b"]}}
@@ -193,7 +193,7 @@ def test_reporting_outside_a_launch_does_nothing() -> None:
 def test_user_errors_survive_the_journey_between_processes(error: Exception) -> None:
     import cloudpickle
 
-    arrived = cloudpickle.loads(cloudpickle.dumps(_UserError(type(error), error.args, vars(error)))).rebuild()
+    arrived = cloudpickle.loads(cloudpickle.dumps(UserError(type(error), error.args, vars(error)))).rebuild()
     assert type(arrived) is type(error)
     assert str(arrived) == str(error)
     assert vars(arrived) == vars(error)

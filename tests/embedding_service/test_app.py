@@ -24,8 +24,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from cluster.errors import ArtifactError, SettingError
-from embedding_service.app import Service, build, http_api, serve_artifact
+from embedding_service.app import Service, build, serve_artifact
 from embedding_service.artifact import Artifact, ArtifactWriter
+from embedding_service.http_artifact import http_api
 from embedding_service.http_ports import check_port, high_throughput_environment
 from embedding_service.http_schema import ARROW_TYPE, Limits
 from embedding_service.keys import Vocabulary
@@ -320,7 +321,7 @@ class TestService:
         give_up = time.monotonic() + 30  # HAProxy learns of the new route a moment after Serve reports it
         while (reply := request(service, "GET", "/second/v1/similar?key=item-1&k=4"))[0] == 404:
             assert time.monotonic() < give_up
-        assert reply == (
-            400,
-            {"error": {"code": "invalid_request", "message": "`k` must be an integer in [1, 3]; got '4'"}},
-        )
+        status, answer = reply
+        assert status == 400
+        assert len(answer["error"].pop("request_id")) == 36
+        assert answer == {"error": {"code": "invalid_request", "message": "`k` must be an integer in [1, 3]; got '4'"}}

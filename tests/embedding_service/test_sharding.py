@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -19,7 +23,7 @@ from tests.ranks import run_on_ranks
 
 SEED = 3
 RATES = (0.1, 0.4, 0.05, 0.0)  # one step each
-MEANS = ("row_exchange", "torchrec")  # of lookups and updates; on CPU it is always the first, on GPU the second
+MEANS = ("row_exchange", "torchrec", "disk")  # of lookups and updates; on GPU it is always the second
 KINDS = [
     (means, optimizer, precision)
     for means in MEANS
@@ -63,14 +67,26 @@ def loss_of(found: dict[str, Tensor], ids: dict[str, Tensor]) -> Tensor:
 
 def train_sharded() -> dict[str, Any]:
     """Runs on every rank: all kinds of tables through all steps."""
-    return {
+    found = {
         f"{means} {optimizer} {precision}": train_kind(means, optimizer, precision)
         for means, optimizer, precision in KINDS
     }
+    return found | {f"{means} frozen": train_kind(means, "adagrad", "fp32", frozen="items") for means in MEANS}
 
 
-def train_kind(means: str, optimizer: Optimizer, precision: Precision) -> dict[str, Any]:
-    tables = ShardedTables(specs(precision), optimizer=optimizer, learning_rate=9.0, seed=SEED)
+def train_kind(means: str, optimizer: Optimizer, precision: Precision, frozen: str = "") -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = [
+            replace(spec, folder=folder if means == "disk" else "", frozen=spec.name == frozen)
+            for spec in specs(precision)
+        ]
+        found = train_tables(means, chosen, optimizer)
+        assert not os.listdir(folder)  # what lies there has no name
+    return found
+
+
+def train_tables(means: str, chosen: list[TableSpec], optimizer: Optimizer) -> dict[str, Any]:
+    tables = ShardedTables(chosen, optimizer=optimizer, learning_rate=9.0, seed=SEED)
     if means == "torchrec":
         tables._exchange = None
     first = read(tables)
@@ -205,6 +221,27 @@ def test_shards_cover_every_row_once_in_the_tables_precision(world_size: int, pr
         assert torch.equal(
             whole.float(), results(world_size)[0][f"row_exchange adagrad {precision}"]["last"][spec.name]
         )
+
+
+@each_world
+@each_means
+def test_a_frozen_table_stays_and_the_others_learn(world_size: int, means: str) -> None:
+    wanted = expected(world_size, "adagrad", "fp32")
+    for found in results(world_size):
+        one = found[f"{means} frozen"]
+        assert torch.equal(one["last"]["items"], wanted["first"]["items"])
+        assert_close(
+            *({name: one[name] for name in ("keys", "values")} for one in (one["last"], wanted["last"])), "fp32"
+        )
+
+
+def test_a_full_disk_is_told_before_training(tmp_path: Path) -> None:
+    rows = 2**50  # more than any disk holds
+    with process_group("cpu"), pytest.raises(OSError, match=r"table items needs [\d,]+ bytes there") as error:
+        ShardedTables(
+            [TableSpec("items", rows, 4, 0.5, folder=str(tmp_path))], optimizer="sgd", learning_rate=1.0, seed=0
+        )
+    assert error.value.filename == str(tmp_path)
 
 
 def test_a_changed_learning_rate_reaches_the_kernel() -> None:

@@ -45,6 +45,23 @@ def load(config: Config, name: str = "test.parquet", **options: int) -> Cases:
     return load_cases(config, prepared.keys, prepared.query_features, str(Path(config.run).parent / name), **options)
 
 
+def test_histories_of_users_without_a_vocabulary(tmp_path: Path) -> None:
+    """A user's history is found by the hash of the key; a user whom training has not seen has none."""
+    pq.write_table(TRAIN, tmp_path / "train.parquet", row_group_size=3)
+    pq.write_table(pa.table({"items": [["b"], ["c"], ["c"]], "user": [5, 99, 7]}), tmp_path / "test.parquet")
+    (tmp_path / "run").mkdir()
+    settings = {"train": str(tmp_path / "train.parquet"), "user": "user", "history": ""}
+    model = {"kind": "two_tower", "query": ["user", "history"]}
+    tables = {"user": {"map": "hashed", "rows": 10, "vocabulary": False}}
+    config = config_from_dict({"run": str(tmp_path / "run"), "data": settings, "model": model, "tables": tables})
+    prepare(config, open_reader(config), is_begun=False)
+    prepared = load_prepared(config.run)
+    assert "user" not in prepared.keys
+    cases = load_cases(config, prepared.key_maps, {}, str(tmp_path / "test.parquet"))
+    assert cases.history.to_lists() == [[0, 1, 2, 0, 1], [], [0]]
+    assert np.asarray(cases.single["user"]).tolist() == prepared.hashed_keys["user"].rows([5, 99, 7]).tolist()
+
+
 def as_lists(cases: Cases) -> list[Any]:
     single = {name: rows.tolist() for name, rows in cases.single.items()}
     return [cases.history.to_lists(), cases.truth.to_lists(), single]

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from cluster.errors import SettingError
 from cluster.rank import process_group
 from embedding_service.ragged import Ragged
+from embedding_service.tables import TableSpec
 from embedding_service.towers import Given
 from tests.ranks import run_on_ranks
 from tests.trainers.batches import pair_batch
@@ -203,10 +204,11 @@ def train_model(
     item_values: dict[str, Given] = {"tags": tags, "price": random.normal(size=(60, 1))}
     item_values["text"] = random.normal(size=(60, 3)).astype(np.float32)
     model = TwoTower(
-        np.bincount(data.items.values, minlength=60), rows={"item": 60, "item_tags": 9},
+        np.bincount(data.items.values, minlength=60), maps={},
+        tables=[TableSpec("item", 60, 8, 8**-0.5)] + [TableSpec("item_tags", 9, 8, 8**-0.5)] * described,
         item_features=item_features if described else {}, item_values=item_values if described else {},
         query=("history",), query_features={}, list_pooling="mean", share_items=True, id_dropout=0.3 * described,
-        history_encoder=history_encoder, hidden=(8,), dim=8, precision="fp32", init_scale=0.0,
+        history_encoder=history_encoder, hidden=(8,), dim=8,
         examples="every_item", mask="session", history_decay=1.0, history_length=8, training_history_length=0,
         contrast=ContrastSpec(**settings), normalize=True, batch_size=SPAN, chunk_size=chunk_size, optimizer="sgd",
         learning_rate=0.05, dense_learning_rate=0.01, seed=1, device=torch.device("cpu"),

@@ -10,6 +10,7 @@ from embedding_service.ragged import Ragged
 from trainers.examples import PairBatch, PairPlan, TokenPlan, generator, session_hits, shuffle_lists
 from trainers.negatives import UnigramSampler
 from trainers.prepare import Sessions
+from trainers.row_runs import RowRuns
 
 # Every (session, item) tells where it is: item 100 * s + p is at place p of session s, until sessions repeat items.
 PLACES = [[100 * s + p for p in range(length)] for s, length in enumerate([3, 0, 1, 5, 2, 1, 8, 0])]
@@ -122,9 +123,7 @@ def test_the_workers_shares_cover_the_window_once(kind: str, num_workers: int) -
     if kind == "pairs":
         plan = pair_plan()
     else:
-        plan = TokenPlan(
-            sessions(PLACES), block_items=3, ordered=kind == "tokens", keep=np.ones(1000, np.float32), numbers=NUMBERS
-        )
+        plan = TokenPlan(sessions(PLACES), block_items=3, ordered=kind == "tokens", keep=None, numbers=NUMBERS)
     offset, covered, parts = 0, [], []
     while offset < plan.size:
         stop = plan.stop_after(offset, num_workers)
@@ -143,7 +142,7 @@ def test_the_workers_shares_cover_the_window_once(kind: str, num_workers: int) -
 def test_shares_are_nearly_equal(num_workers: int) -> None:
     lists = [list(range(1 + i % 4)) for i in range(1000)]
     pairs = pair_plan(lists, batch_size=50)
-    tokens = TokenPlan(sessions(lists), block_items=50, ordered=True, keep=np.ones(9, np.float32), numbers=NUMBERS)
+    tokens = TokenPlan(sessions(lists), block_items=50, ordered=True, keep=None, numbers=NUMBERS)
     assert pairs.stop_after(0, num_workers) == 50 * num_workers
     for plan, slack in ((pairs, 0), (tokens, 4)):  # a session is not cut: its longest has 4 items
         stop = plan.stop_after(0, num_workers)
@@ -154,23 +153,20 @@ def test_shares_are_nearly_equal(num_workers: int) -> None:
 
 
 def test_a_session_longer_than_a_block_is_a_block() -> None:
-    plan = TokenPlan(
-        sessions([[1] * 9, [2], [3]]), block_items=3, ordered=True, keep=np.ones(9, np.float32), numbers=NUMBERS
-    )
+    plan = TokenPlan(sessions([[1] * 9, [2], [3]]), block_items=3, ordered=True, keep=None, numbers=NUMBERS)
     assert plan.stop_after(0, 1) == 1
     assert plan.stop_after(1, 1) == 3
 
 
 def test_an_empty_window_has_no_steps() -> None:
     assert pair_plan([[], []]).size == 0
-    assert TokenPlan(sessions([]), block_items=3, ordered=False, keep=np.ones(9, np.float32), numbers=NUMBERS).size == 0
+    assert TokenPlan(sessions([]), block_items=3, ordered=False, keep=None, numbers=NUMBERS).size == 0
 
 
 def test_baskets_are_shuffled_and_sessions_are_not() -> None:
     lists = [list(range(8)) for _ in range(50)]
-    keep = np.ones(8, np.float32)
     ordered, baskets = (
-        TokenPlan(sessions(lists), block_items=9, ordered=flag, keep=keep, numbers=NUMBERS)
+        TokenPlan(sessions(lists), block_items=9, ordered=flag, keep=None, numbers=NUMBERS)
         .batch(0, 50)
         .items.to_lists()
         for flag in (True, False)
@@ -181,7 +177,7 @@ def test_baskets_are_shuffled_and_sessions_are_not() -> None:
 
 
 def test_subsampling_thins_out_by_the_probability() -> None:
-    keep = np.array([0.2, 1.0, 0.0], np.float32)
+    keep = RowRuns.of(np.array([0.2, 1.0, 0.0], np.float32))
     plan = TokenPlan(sessions([[0, 1, 2]] * 5000), block_items=9, ordered=True, keep=keep, numbers=NUMBERS)
     counts = Counter(plan.batch(0, plan.size).items.values.tolist())
     assert plan.size == 5000

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import DataError
+from embedding_service.keys import Vocabulary
 from embedding_service.ragged import Ragged
 from embedding_service.towers import TowerInput
 from trainers.features import Feature, describe, read_side_table
@@ -29,6 +30,8 @@ def written(folder: Path, columns: dict[str, Any]) -> str:
         (pa.array([[3], None]), "list", 0),
         (pa.array([["x", None], []], pa.large_list(pa.string())), "list", 0),
         (pa.array([[1, 2], None], pa.list_(pa.int32(), 2)), "list", 0),
+        (pa.array([[("x", 0.5)], None], pa.map_(pa.string(), pa.float64())), "weighted", 0),
+        (pa.array([[{"id": 3, "share": 0.5}], []]), "weighted", 0),
         (pa.array([3.0, None], pa.float32()), "number", 1),
         (pa.array([[1.0, 2.0], None], pa.list_(pa.float16(), 2)), "vector", 2),
         (pa.array([[1.0, 2.0, 3.0], None]), "vector", 3),
@@ -75,11 +78,31 @@ def test_a_column_of_another_kind_is_refused() -> None:
         Feature("vector", 2).values(pa.array([[1.0, 2, 3]], pa.list_(pa.float32(), 3)), None)
 
 
+@pytest.mark.parametrize("as_map", [True, False])
+def test_keys_keep_their_weights(tmp_path: Path, as_map: bool) -> None:
+    lists = [[("x", 0.5), ("y", -2.0)], None, [], [("y", 1.0), (None, 7.0), ("z", 3.0)]]
+    structs = [None if one is None else [{"key": key, "weight": weight} for key, weight in one] for one in lists]
+    column = pa.array(structs)
+    if as_map:
+        lists[3] = [("y", 1.0), ("z", 3.0)]  # a map has no null keys
+        column = pa.array(lists, pa.map_(pa.string(), pa.float32()))
+    table = read_side_table(written(tmp_path, {"item": list("abcd"), "x": column}))
+    assert table.described().to_pylist() == ["a", "d"]
+    decoded = table.columns["x"].take(pa.array([3, 0, 1, 2]))
+    feature, keys = describe([decoded])
+    assert keys is not None
+    assert sorted(keys.keys.to_pylist()) == ["x", "y", "z"]
+    values = feature.values(decoded, Vocabulary(pa.array(["y", "x"]), np.array([2, 1])))  # z is unknown
+    assert isinstance(values, Ragged)
+    assert [[tuple(pair) for pair in one] for one in values.to_lists()] == [[(0, 1.0)], [(1, 0.5), (0, -2.0)], [], []]
+
+
 def test_a_towers_input_tells_its_feature() -> None:
     assert Feature.of(TowerInput("a", "a", "a", 4)) == Feature("key")
     assert Feature.of(TowerInput("a", "a", "a", 4, encoder="sum")) == Feature("list")
     number = TowerInput("a", "a", "", 4, encoder="project", width=1, center=2.0, scale=3.0)
     assert Feature.of(number) == Feature("number", 1, 2.0, 3.0)
+    assert Feature.of(TowerInput("a", "a", "a", 4, encoder="weighted_mean")) == Feature("weighted")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +113,11 @@ def test_a_towers_input_tells_its_feature() -> None:
         ({"item": [1.0], "x": [1]}, r"column `item` must hold keys: integers or strings"),
         ({"item": ["a"], "x": [True]}, r"column `x` is bool; expected integers, strings, lists.*leave it out"),
         ({"item": ["a", "b"], "x": [1.0, float("inf")]}, r"row 1: column `x` is infinite; expected a number"),
+        (
+            {"item": ["a", "b"], "x": pa.array([[], [("x", None)]], pa.map_(pa.string(), pa.float32()))},
+            r"row 1: column `x` has a null, nan or infinite weight",
+        ),
+        ({"item": ["a"], "x": [[{"id": 1, "at": 2, "share": 0.5}]]}, r"column `x` is list<.*expected integers"),
         (
             {"item": ["a", "b"], "x": [[1.0, 2.0], [1.0]]},
             r"row 1: column `x` has a vector of 1 numbers, but those before have 2; lists of floats are vectors",

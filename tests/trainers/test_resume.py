@@ -42,16 +42,16 @@ def run_inline_in_a_process(config: Config, worker: str, **extra: Any) -> int:
 
 
 def test_killed_workers_end_bit_equal(data: Path, tmp_path: Path) -> None:
-    calm = small_config(tmp_path / "calm", data, cluster={"workers": 2}, model={"kind": "two_tower", "hidden": [8]})
+    shared = {"item": {"map": "head_tail", "compression": 1.5, "learned_weights": True}}
+    sections: dict[str, Any] = {"model": {"kind": "two_tower", "hidden": [8]}, "tables": shared}
+    calm = small_config(tmp_path / "calm", data, cluster={"workers": 2}, **sections)
     train(calm, on_event=silent)
     steps = json.loads((tmp_path / "calm" / "result.json").read_text())["steps"]
     random = np.random.default_rng(7)
     deaths = [[int(random.integers(2)), int(step)] for step in random.choice(np.arange(1, steps), 5, replace=False)]
     graves = tmp_path / "graves"
     graves.mkdir()
-    killed = small_config(
-        tmp_path / "killed", data, cluster={"workers": 2, "max_failures": 5}, model={"kind": "two_tower", "hidden": [8]}
-    )
+    killed = small_config(tmp_path / "killed", data, cluster={"workers": 2, "max_failures": 5}, **sections)
     Path(killed.run).mkdir()
     launch(
         mortal_worker,
@@ -102,6 +102,7 @@ def test_every_session_once_over_two_one_and_three_workers(data: Path, tmp_path:
         data={"user": "user", "holdout": "none"},
         model={"kind": "two_tower", "query": ["user"], "examples": "last_item"},
         train={"epochs": 2, "batch_size": 8, "checkpoint_seconds": 0.0},
+        tables={"user": {"map": "hashed", "rows": 100}},
     )
     Path(config.run).mkdir()
     lives = []

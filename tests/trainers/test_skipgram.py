@@ -212,3 +212,24 @@ def test_rows_are_taken_and_given_back() -> None:
     wanted[0] -= change[1]
     subtract_rows(table, rows, change)
     assert np.array_equal(table, wanted)
+
+
+@pytest.mark.parametrize("cbow", [False, True])
+def test_a_frozen_side_stays_and_the_other_learns_against_it(cbow: bool) -> None:
+    """With inputs that stay, outputs are a logistic regression on them: each session trained alone gives the same."""
+    source, target = tables()
+    kept = source.copy()
+    run(source, target, cbow=cbow, frozen=(True, False))
+    assert np.array_equal(source, kept)
+    both_source, both_target = tables()
+    run(both_source, both_target, cbow=cbow)
+    assert not np.array_equal(both_target, target), "later steps see other inputs where these learn"
+    first = Ragged.from_lists([[0, 1]])  # one step of either side: nothing has moved before it
+    results = []
+    for frozen in ((False, False), (False, True)):
+        one, other = tables()
+        kept = other.copy()
+        run(one, other, first, cbow=cbow, frozen=frozen, negatives=np.array([5]))
+        assert np.array_equal(other, kept) == frozen[1]
+        results.append(one)
+    np.testing.assert_array_equal(results[0][1], results[1][1])  # the first step's context

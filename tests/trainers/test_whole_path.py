@@ -29,6 +29,20 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"user": "user"},
         "train": {"epochs": 12, "batch_size": 256, "learning_rate": 0.1, "optimizer": "sgd"},
     },
+    "item2vec with shared rows": {
+        "model": {"kind": "item2vec"},
+        "train": {"epochs": 12, "learning_rate": 0.1},
+        "tables": {"item": {"map": "quotient_remainder", "compression": 1.5}},
+    },
+    "two_tower with shared rows": {
+        "model": {"kind": "two_tower", "query": ["user", "history"], "examples": "every_item"},
+        "data": {"user": "user"},
+        "train": {"epochs": 12, "batch_size": 256, "learning_rate": 0.1, "optimizer": "sgd"},
+        "tables": {
+            "item": {"map": "head_tail", "compression": 1.2, "precision": "fp16"},
+            "user": {"map": "hashed", "rows": 300, "vocabulary": False},
+        },
+    },
     "two_tower with features and hidden layers": {
         "model": {"kind": "two_tower", "query": ["history", "last_item"], "hidden": [16], "share_items": False},
         "data": {"query_features": ["country"], "item_features": "side.parquet"},

@@ -1,0 +1,95 @@
+"""The whole service as one ASGI application: every request goes to the version that answers it, or to `Management`."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+import orjson
+
+from embedding_service.http_access import Access
+from embedding_service.http_api import problem_of
+from embedding_service.http_management import OPERATIONS, Management
+from embedding_service.http_messages import ClientGone, Receive, Response, Scope, Send, error_response, header, path_of
+from embedding_service.http_openapi import with_management
+from embedding_service.live_versions import LiveVersions, Loaded
+from embedding_service.traffic import takes_canary
+
+CALLER = b"x-caller-id"
+_CLICKABLE = frozenset(("/v1/recommend", "/v1/similar", "/v1/search"))
+_COUNTED = _CLICKABLE | {"/v1/embed"}
+_OPEN = frozenset(("/v1/health",))  # asked by what looks after the service, which has no token
+
+
+class HttpService:
+    """Any number of requests at once, in one event loop."""
+
+    def __init__(self, versions: LiveVersions, management: Management, access: Access) -> None:
+        self._versions, self._management, self._access = versions, management, access
+        self._documents: OrderedDict[str, Response] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._other(scope, receive, send)
+        path = path_of(scope)
+        try:
+            if path in self._management.paths:
+                response = await self._management.respond(scope["method"], path, scope, receive)
+                return await response.send(send)
+            if self._access.read is not None and path not in _OPEN:
+                self._access.check_read(scope)
+            loaded = self._choose(scope)
+            if path == "/openapi.json" and scope["method"] == "GET":
+                return await self._document(loaded).send(send)
+        except ClientGone:
+            return
+        except Exception as error:
+            return await error_response(scope, problem_of(error, scope)).send(send)
+        loaded.enter()
+        start, status = time.perf_counter(), 499
+        try:
+            status = await loaded.api(scope, receive, send)
+        finally:
+            loaded.leave()
+            if path in _COUNTED:
+                loaded.tally.note(status, time.perf_counter() - start, recommends=path in _CLICKABLE)
+
+    def _choose(self, scope: Scope) -> Loaded:
+        """The version that answers this caller: the same one as long as share and versions stay."""
+        now = self._versions.now
+        caller = _take_caller(scope) if b"caller=" in scope["query_string"] else b""
+        if now.canary is None:
+            return now.live
+        caller = header(scope, CALLER) or caller
+        return now.canary if caller and takes_canary(caller, now.canary.version, now.share) else now.live
+
+    def _document(self, loaded: Loaded) -> Response:
+        if loaded.version not in self._documents:
+            self._documents[loaded.version] = Response(
+                200, orjson.dumps(with_management(loaded.api.document, OPERATIONS))
+            )
+            if len(self._documents) > 4:
+                self._documents.popitem(last=False)
+        return self._documents[loaded.version]
+
+    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            return await send({"type": "websocket.close", "code": 1003})
+        while (await receive())["type"] != "lifespan.shutdown":
+            await send({"type": "lifespan.startup.complete"})
+        self._versions.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+def _take_caller(scope: Scope) -> bytes:
+    """The parameter `caller`, which is taken out of the query string."""
+    pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True, encoding="latin-1")
+    rest: list[Any] = [pair for pair in pairs if pair[0] != "caller"]
+    callers = [value for name, value in pairs if name == "caller"]
+    if not callers:
+        return b""
+    scope["query_string"] = urlencode(rest, encoding="latin-1").encode()
+    first: str = callers[0]
+    return first.encode("latin-1")

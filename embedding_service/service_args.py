@@ -1,0 +1,95 @@
+"""`args` of a Serve config file: the settings of the service, checked, and the version that it begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.errors import SettingError
+from embedding_service.artifact import MANIFEST, Artifact
+from embedding_service.gates import Gates
+from embedding_service.http_artifact import check_servable
+from embedding_service.http_schema import Limits
+from embedding_service.versions import VersionStore
+
+
+class _Args(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class GateArgs(_Args):
+    """`embedding_service.gates.Gates`, whose defaults these are."""
+
+    min_ann_recall: float = Field(default=Gates.min_ann_recall, ge=0.0, le=1.0)
+    min_recall_ratio: float = Field(default=Gates.min_recall_ratio, ge=0.0)
+    min_coverage: float = Field(default=Gates.min_coverage, ge=0.0, le=1.0)
+    min_alignment: float = Field(default=Gates.min_alignment, ge=0.0, le=1.0)
+    min_overlap: float = Field(default=Gates.min_overlap, ge=0.0, le=1.0)
+    cases: str = Gates.cases
+    recall_k: int = Field(default=Gates.recall_k, ge=1, le=1000)
+    overlap_k: int = Field(default=Gates.overlap_k, ge=1, le=1000)
+    sample: int = Field(default=Gates.sample, ge=1, le=100_000)
+    max_cases: int = Field(default=Gates.max_cases, ge=1)
+
+    def gates(self) -> Gates:
+        return Gates(**self.model_dump())
+
+
+class ServiceArgs(_Args):
+    """`args` of a Serve config file; only `artifact` is required."""
+
+    artifact: str = Field(min_length=1, description="folder of a version, or the root with CURRENT, on every node")
+    replicas: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, description="threads, and CPUs reserved, per replica; batches use them all")
+    gpus: float = Field(0.0, ge=0.0, description="GPUs reserved per replica, for a FAISS index on the GPU")
+    verify: bool = Field(True, description="compare all files with the manifest's checksums when a replica starts")
+    max_k: int = Field(Limits.max_k, ge=1)
+    max_batch: int = Field(Limits.max_batch, ge=1)
+    max_body_bytes: int = Field(Limits.max_body_bytes, ge=1024)
+    max_session: int = Field(Limits.max_session, ge=1)
+    max_results: int = Field(Limits.max_results, ge=1)
+    max_waiting: int = Field(Limits.max_waiting, ge=1)
+    timeout_seconds: float = Field(Limits.timeout_seconds, gt=0.0)
+    token_file: str = Field("", description="one line, on every node; else the environment variable LEXSHARD_TOKEN")
+    read_token_file: str = Field("", description="the same for reading; else LEXSHARD_READ_TOKEN, else reading is open")
+    admit_seconds: float = Field(1800.0, gt=0.0, description="within which a version must be checked and judged")
+    gates: GateArgs = GateArgs()
+    start: str = Field("", description="the version served where none was ever activated; found at deployment")
+
+    def limits(self) -> Limits:
+        return Limits(**{name: getattr(self, name) for name in asdict(Limits())})
+
+
+def checked_args(args: Mapping[str, Any]) -> ServiceArgs:
+    """Raises SettingError for an argument that is unknown or wrong."""
+    try:
+        return ServiceArgs.model_validate(dict(args))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ".".join(["args", *map(str, first["loc"])])
+        known = f"; known are {', '.join(ServiceArgs.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise SettingError(path, f"{first['msg']}{known}; got {first['input']!r}") from None
+
+
+def store_of(artifact: str) -> VersionStore | None:
+    """The versions below the root `artifact`; None if it is the folder of one version, which is fixed then."""
+    return None if (Path(artifact) / MANIFEST).exists() else VersionStore(artifact)
+
+
+def begin_with(settings: ServiceArgs) -> ServiceArgs:
+    """The settings with an absolute path and with `start`, so that all replicas begin with the same version.
+
+    Raises ArtifactError if the version that will be live is not there or cannot be served.
+    """
+    path = Path(settings.artifact).absolute()
+    artifact = Artifact.open(path, verify=False)
+    store = store_of(settings.artifact)
+    state = store.serving() if store is not None else None
+    if store is not None and state is not None:
+        artifact = Artifact.open(store.folder(state.live), verify=False)
+    check_servable(artifact)
+    return settings.model_copy(update={"artifact": str(path), "start": artifact.path.name})

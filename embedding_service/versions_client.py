@@ -1,0 +1,127 @@
+"""What `lexshard versions` does: asks a running service, and puts what it answers into words."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import time
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
+
+from cluster.console import table
+from cluster.errors import ArtifactError, LexshardError
+from embedding_service.http_access import find_access
+from embedding_service.versions import VersionStore
+
+_WAIT_SECONDS = 30.0  # per request; then it is asked again how it goes
+_MAX_ANSWER_BYTES = 64 * 2**20
+
+Told = tuple[dict[str, Any], list[str]]
+
+
+def listing(service: str, *, token_file: str = "") -> Told:
+    """The document of GET /v1/versions and a table of it."""
+    told = ask(service, "GET", "/v1/versions", token_file=token_file)
+    rows = []
+    for one in told["versions"]:
+        marks = {told["live"]: "live", told["canary"]: f"canary, {told['share']:.0%}"}
+        traffic = one["traffic"]
+        ctr = (
+            ""
+            if traffic["ctr"] is None
+            else f"{traffic['ctr']:.4f} ({traffic['ctr_low']:.4f}-{traffic['ctr_high']:.4f})"
+        )
+        failed = [figure["gate"] for figure in one.get("gates") or [] if not figure["passed"]]
+        gates = "" if not one.get("gates") else "failed: " + ", ".join(failed) if failed else "passed"
+        slow = "" if traffic["p99_ms"] is None else f"{traffic['p50_ms']:.2f} / {traffic['p99_ms']:.2f}"
+        name = one["version"]
+        items = one.get("problem") or f"{one.get('num_items') or 0:,}"
+        rows.append((name, marks.get(name, ""), items, gates, f"{traffic['requests']:,}", slow, ctr))
+    heads = ("version", "", "items", "gates", "requests", "ms p50 / p99", "clicks per answer (95 %)")
+    lines = table(heads, rows).splitlines()
+    if told["here"]["problem"]:
+        lines.append(f"problem: {told['here']['problem']}")
+    return told, lines
+
+
+def publish(where: str, source: str, *, token_file: str = "") -> Told:
+    """Take a version in: of a service, from a folder below its root; of a root folder, a copy of a folder anywhere."""
+    if "://" in where:
+        told = ask(where, "POST", "/v1/versions", {"source": source}, token_file=token_file)
+    else:
+        told = {"version": VersionStore(where).publish_copy(source)}
+    return told, [told["version"]]
+
+
+def change(service: str, action: str, version: str, *, share: float | None, force: bool, token_file: str = "") -> Told:
+    """Activate, canary, rollback or remove, and wait until it is decided. Raises LexshardError with the reason of a
+    refusal: gate, figure and limit.
+    """
+    body: dict[str, Any] = {}
+    if action == "rollback":
+        body["live"] = ask(service, "GET", "/v1/versions", token_file=token_file)["live"]
+    else:
+        body["version"] = version
+    if action in ("activate", "canary"):
+        body |= {"force": force, "wait_seconds": _WAIT_SECONDS}
+    if share is not None:
+        body["share"] = share
+    told = ask(service, "POST", f"/v1/versions/{action}", body, token_file=token_file)
+    while told.get("state") == "checking":
+        told = _still(service, version, token_file)
+    if told.get("state") in ("refused", "interrupted"):
+        raise ArtifactError(f"version {version} was {told['state']}: {told.get('reason', 'its replica has ended')}")
+    lines = [f"{told.get('state', 'live' if action == 'rollback' else action)}: {told.get('live', version)}"]
+    for figure in told.get("figures", []):
+        value = "not measured" if figure["value"] is None else f"{figure['value']:.4f}"
+        mark = "passed" if figure["passed"] else "forced"
+        lines.append(f"  {figure['gate']}: {value}, limit {figure['limit']:g}, {mark}  {figure['note']}".rstrip())
+    return told, lines
+
+
+def _still(service: str, version: str, token_file: str) -> dict[str, Any]:
+    """How the activation of `version` goes, after a moment."""
+    time.sleep(1.0)
+    told: dict[str, Any] = ask(service, "GET", "/v1/versions", token_file=token_file)["admission"] or {}
+    if told.get("version") != version:
+        raise LexshardError(f"{service} has begun to activate another version meanwhile: {told.get('version')}")
+    return told
+
+
+def ask(service: str, method: str, path: str, body: Any = None, *, token_file: str = "") -> dict[str, Any]:
+    """The JSON document that the service answers. Raises LexshardError with its reason."""
+    access = find_access(token_file)
+    token = access.change or access.read
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {token.decode()}"} if token else {})
+    data = None if body is None else json.dumps(body).encode()
+    request = Request(service.rstrip("/") + path, data=data, headers=headers, method=method)
+    opener = build_opener(ProxyHandler({})) if _is_loopback(service) else build_opener()
+    try:
+        with opener.open(request, timeout=_WAIT_SECONDS + 60) as response:
+            told = json.loads(response.read(_MAX_ANSWER_BYTES))
+        if not isinstance(told, dict):
+            raise ValueError("its answer is no JSON object")
+    except HTTPError as error:
+        raise LexshardError(f"{service} answered {error.code}: {_reason(error.read(2**20))}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        problem = str(error) or type(error).__name__
+        raise LexshardError(f"{service} does not answer as a lexshard service: {problem}") from None
+    return told
+
+
+def _is_loopback(service: str) -> bool:
+    try:
+        host = urlsplit(service).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _reason(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:500]

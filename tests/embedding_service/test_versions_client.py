@@ -1,0 +1,77 @@
+"""`lexshard versions`: what it asks a service, and what a person reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli import main
+from cluster.errors import ArtifactError
+from embedding_service import versions_client
+from embedding_service.traffic import Tally, figures
+from tests.embedding_service.artifacts import publish
+
+FIGURE = {"gate": "coverage", "value": 0.6, "limit": 0.8, "passed": False, "note": "300 of 500 keys"}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The requests, each answered with the next of `answers`, the list's last entry."""
+    requests: list[Any] = []
+    monkeypatch.setattr(versions_client.time, "sleep", lambda _: None)
+
+    def answer(service: str, method: str, path: str, body: Any = None, *, token_file: str = "") -> Any:
+        requests.append((method, path, body))
+        return ANSWERS.pop(0)
+
+    monkeypatch.setattr(versions_client, "ask", answer)
+    return requests
+
+
+ANSWERS: list[Any] = []
+
+
+def test_a_table_of_versions(asked: list[Any]) -> None:
+    tally = Tally()
+    tally.note(200, 0.001, recommends=True)
+    about = {"num_items": 1000, "gates": [FIGURE], "traffic": figures([tally.counts()])}
+    here = {"live": "v1", "canary": None, "problem": "disk full"}
+    versions = [{"version": "v1", **about}, {"version": "v2", **about, "gates": None}]
+    ANSWERS[:] = [{"live": "v1", "canary": "v2", "share": 0.25, "here": here, "versions": versions}]
+    _, lines = versions_client.listing("http://service")
+    assert lines[1].split()[:5] == ["v1", "live", "1,000", "failed:", "coverage"]
+    assert "canary, 25%" in lines[2]
+    assert "0.0000 (0.0000-0.7935)" in lines[1]
+    assert lines[-1] == "problem: disk full"
+
+
+def test_activation_waits_until_it_is_decided(asked: list[Any]) -> None:
+    checking = {"version": "v2", "state": "checking"}
+    ANSWERS[:] = [checking, {"admission": checking}, {"admission": {**checking, "state": "live", "figures": [FIGURE]}}]
+    _, lines = versions_client.change("http://service", "activate", "v2", share=None, force=True)
+    assert lines == ["live: v2", "  coverage: 0.6000, limit 0.8, forced  300 of 500 keys"]
+    assert asked[0] == ("POST", "/v1/versions/activate", {"version": "v2", "force": True, "wait_seconds": 30.0})
+    ANSWERS[:] = [checking, {"admission": {**checking, "state": "refused", "reason": "gate coverage"}}]
+    with pytest.raises(ArtifactError, match="version v2 was refused: gate coverage"):
+        versions_client.change("http://service", "activate", "v2", share=None, force=False)
+
+
+def test_a_roll_back_names_what_it_leaves(asked: list[Any]) -> None:
+    ANSWERS[:] = [{"live": "v2"}, {"live": "v1"}]
+    assert versions_client.change("http://service", "rollback", "", share=None, force=False)[1] == ["live: v1"]
+    assert asked[1] == ("POST", "/v1/versions/rollback", {"live": "v2"})
+
+
+def test_publishing_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    version = publish(tmp_path / "made", version="v7", num_items=60)
+    (tmp_path / "root").mkdir()
+    assert main(["versions", str(tmp_path / "root"), "publish", str(version)]) == 0
+    assert capsys.readouterr().out == "v7\n"
+    assert main(["versions", str(tmp_path / "root"), "publish", str(version)]) == 2
+    assert "version v7 is here already; versions are never overwritten" in capsys.readouterr().err
+    assert main(["versions", "http://127.0.0.1:9", "activate"]) == 2
+    assert "setting VERSION: is needed: lexshard versions http://127.0.0.1:9 activate" in capsys.readouterr().err
+    assert main(["versions", "http://127.0.0.1:9"]) == 2
+    assert "http://127.0.0.1:9 does not answer as a lexshard service" in capsys.readouterr().err
