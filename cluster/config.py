@@ -366,11 +366,25 @@ class ExportSettings:
     """What is published."""
 
     precision: Literal["fp32", "fp16", "int8"] = setting("fp16", "precision of the exported vectors")
-    index: str = setting("auto", "FAISS factory string (`HNSW32`, `IVF4096,PQ32`, `Flat`...); auto: by size")
+    index: str = setting(
+        "auto", "FAISS factory string (`HNSW32`, `IVF4096,PQ32x4fs`, `Flat`...); auto: by size and memory_gib"
+    )
+    memory_gib: float = setting(
+        0.0, "GiB that building an index may take: auto keeps within it, others are refused; 0: no limit", low=0.0
+    )
+    index_device: Literal["auto", "cpu", "gpu"] = setting(
+        "auto", "where an index is built; auto: the GPU where there is one and FAISS has this kind for it"
+    )
     recall_target: float = setting(
-        0.95, "search parameters are raised until this recall of exact search", low=0.0, high=1.0
+        0.95,
+        "search parameters are set to the fastest that reach this recall of exact search, on validation sessions",
+        low=0.0,
+        high=1.0,
     )
     recall_k: int = setting(20, "k of that recall", low=1)
+    threads: int = setting(
+        0, "threads that export shards and build indexes where there is no Ray cluster; 0: one per core", low=0
+    )
     attributes: str = setting(
         "",
         "Parquet side table to filter answers by: `item`, and columns of strings, whole numbers or true / false",

@@ -62,6 +62,8 @@ def _live(out: TextIO) -> Iterator[Callable[[Event], None]]:
 def line_of(event: Event) -> str:
     """One line of text for an event."""
     kind = event.get("kind")
+    if kind == "progress" and "text" in event:
+        return f"{event['share']:6.1%}  {event['text']}"
     if kind == "progress":
         left = event["seconds_left"]
         parts = [

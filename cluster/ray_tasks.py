@@ -1,9 +1,9 @@
-"""Independent pieces of work on a Ray cluster: no process group; a piece whose worker dies is done again."""
+"""The Ray engine of `run_tasks`: no process group; a task whose worker dies is done again."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -11,49 +11,40 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster.errors import LaunchError, LexshardError
 from cluster.launch import Json
-from cluster.rank import num_cores
-from cluster.ray_train import UserError, ray_cluster
+from cluster.ray_train import UserError, first_line, ray_cluster
+
+_MAX_RETRIES = 3  # of a task whose worker or machine has died
 
 
-def run_tasks(
-    fn: Callable[[dict[str, Any]], Json],
-    pieces: Sequence[dict[str, Any]],
-    *,
-    address: str = "",
-    on_done: Callable[[int], None] = lambda number: None,
-) -> list[Json]:
-    """`fn(piece)` for every piece, each a Ray task on one CPU; the results in the order of the pieces.
-
-    fn: a module-level function from and to JSON types, which may be called again for the same piece. address: as in
-    `launch`. on_done: called with how many pieces are done.
-
-    Raises what `fn` raised if that is a LexshardError; LaunchError where it raised anything else, or Ray failed.
-    """
-    texts = [json.dumps(piece) for piece in pieces]
-    with ray_cluster(address, num_cpus=max(num_cores(), len(texts))):
-        task = ray.remote(num_cpus=1)(_run)
-        waiting = [task.remote(fn, text) for text in texts]
-        numbers = {handle: number for number, handle in enumerate(waiting)}
-        results: dict[int, Json] = {}
+def ray_tasks(
+    fn: Any, settings: Json, tasks: Sequence[Json], *, address: str, threads: int
+) -> Iterator[tuple[int, Json]]:
+    """`cluster.tasks.run_tasks` on Ray; see there."""
+    with ray_cluster(address, num_cpus=threads):
+        remote: Any = ray.remote(num_cpus=1, max_retries=_MAX_RETRIES)(_run_task)
+        shared = ray.put(json.dumps(settings))
+        running = {remote.remote(fn, shared, json.dumps(task)): i for i, task in enumerate(tasks)}
         try:
-            while waiting:
-                (done,), waiting = ray.wait(waiting)
-                results[numbers[done]] = json.loads(ray.get(done))
-                on_done(len(results))
+            while running:
+                done, _ = ray.wait(list(running))
+                for reference in done:
+                    yield running.pop(reference), json.loads(ray.get(reference))
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause.rebuild() from None
-            raise LaunchError(f"a task failed: {type(error.cause).__name__}: {error.cause}") from error
+            raise LaunchError(f"a task failed: {type(error.cause).__name__}: {first_line(error.cause)}") from error
         except RayError as error:
-            raise LaunchError(f"a task's worker died (killed, out of memory, or crashed): {error}") from error
+            raise LaunchError(
+                f"a task's worker died (killed, out of memory, or crashed): {first_line(error)}"
+            ) from error
         finally:
-            for handle in waiting:
-                ray.cancel(handle, force=True)
-    return [results[number] for number in range(len(texts))]
+            for reference in running:
+                ray.cancel(reference, force=True)
 
 
-def _run(fn: Callable[[dict[str, Any]], Json], piece: str) -> str:
+def _run_task(fn: Any, settings: str, task: str) -> str:
+    """What a Ray task runs: `fn`. Returns its result as JSON."""
     try:
-        return json.dumps(fn(json.loads(piece)))
+        return json.dumps(fn(json.loads(settings), json.loads(task)))
     except LexshardError as error:
         raise UserError(type(error), error.args, vars(error)) from None

@@ -175,7 +175,7 @@ def ray_cluster(address: str, *, num_cpus: int) -> Iterator[None]:
         else:
             start_local_ray(num_cpus=num_cpus, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise LaunchError(f"{where}: {_first_line(error)}") from None
+        raise LaunchError(f"{where}: {first_line(error)}") from None
     try:
         yield
     finally:
@@ -269,7 +269,7 @@ def _error_of_fn(error: ray.train.TrainingFailedError) -> str | None:
         return None
     for rank, failure in sorted(failures.items()):
         if not _is_lost_connection(failure):
-            return f"worker {rank} failed: {type(failure).__name__}: {_first_line(failure)}"
+            return f"worker {rank} failed: {type(failure).__name__}: {first_line(failure)}"
     return None
 
 
@@ -294,9 +294,9 @@ def _reason(error: ray.train.TrainingFailedError) -> str:
         if _is_death(failure):
             return f"worker {rank} died (killed, out of memory, or crashed)"
     for rank, failure in sorted(failures.items()):
-        return f"worker {rank} failed: {type(failure).__name__}: {_first_line(failure)}"
+        return f"worker {rank} failed: {type(failure).__name__}: {first_line(failure)}"
     cause: BaseException = getattr(error, "controller_failure", error)
-    return "a worker died (killed, out of memory, or crashed)" if isinstance(cause, RayError) else _first_line(cause)
+    return "a worker died (killed, out of memory, or crashed)" if isinstance(cause, RayError) else first_line(cause)
 
 
 def _too_often(failures: int, max_failures: int, reason: str) -> str:
@@ -305,7 +305,8 @@ def _too_often(failures: int, max_failures: int, reason: str) -> str:
     return f"{reason}; the workers failed {times} and {allowed} allowed (cluster.max_failures)"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 

@@ -4,7 +4,7 @@
     <root>/<version>/manifest.json     the contents, lineage, figures, and size and sha256 of every file
                      keys/<name>.arrow             key map
                      vectors/<name>.npy            fp32, fp16 or int8 [rows, dim]; int8 also <name>.scale.npy [rows]
-                     indexes/<name>.faiss          FAISS index, and its settings in <name>.faiss.json
+                     indexes/<name>.faiss          FAISS index; its settings in .faiss.json, its curve as .faiss.svg
                      query_tower.safetensors       weights of the query tower (its description is in the manifest)
                      attributes.parquet, cases.parquet    side files, if there are any
 
@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,14 +39,15 @@ from embedding_service import manifest as schema
 from embedding_service.exact import Metric
 from embedding_service.faiss_header import check_index_file
 from embedding_service.hashed_keys import HashedKeys, KeyMap
-from embedding_service.index import VectorIndex
+from embedding_service.index import Device, VectorIndex
 from embedding_service.keys import Vocabulary
 from embedding_service.manifest import Manifest, parse_manifest, tower_spec
 from embedding_service.mapped_vectors import MappedVectors
 from embedding_service.quantize import Precision
+from embedding_service.recall_plot import recall_plot
 from embedding_service.row_maps import RowMap, weight_table
 from embedding_service.towers import Tower, TowerSpec
-from embedding_service.tuning import tuned_index
+from embedding_service.tuning import Queries, tuned_index
 from embedding_service.vectors import VectorSet, VectorSink
 
 MANIFEST = "manifest.json"
@@ -288,18 +289,34 @@ class ArtifactWriter:
         factory: str = "auto",
         recall_target: float,
         recall_k: int,
-        queries: np.ndarray | None = None,
+        queries: Queries | np.ndarray | None = None,
+        query_rows: tuple[np.ndarray, str] | None = None,
         seed: int = 0,
+        device: Device = "auto",
+        memory_bytes: int = 0,
+        on_progress: Callable[[str, float], None] = lambda text, share: None,
+        keep: Path | None = None,
     ) -> dict[str, Any]:
         """Build, tune and write the index `name` over the vector set `vectors` as stored; returns its manifest record.
 
-        Only rows of keys are candidates, never the unknown row. See `embedding_service.tuning.tuned_index`.
+        Only rows of keys are candidates, never the unknown row. It is tuned on `queries`, or on the stored vectors of
+        `query_rows` (int64 [m], and where these come from: see `RecallEntry`), which ask for their neighbours; without
+        either on stored vectors drawn at random. See `embedding_service.tuning.tuned_index`.
+
+        keep: a folder on the same disk where the finished index is kept as well, and taken from, if it is there and
+        its checksums are right, in place of building it.
         """
         self._check_new("index", self._indexes, name)
         if vectors not in self._sinks:
             raise ArtifactError(f"index {name!r}: add vector set {vectors!r} first")
         self._sinks[vectors].close()
+        file = f"indexes/{name}.faiss"
+        if keep is not None and (kept := _take_kept(keep, self.folder, file)) is not None:
+            self._indexes[name] = kept
+            return dict(kept)
         source = self._stored(vectors).head(len(self._vocabularies[self._vectors[vectors]["keys"]].keys))
+        if query_rows is not None:
+            queries = Queries.of_rows(source, *query_rows)
         index, measured = tuned_index(
             source,
             metric=metric,
@@ -309,8 +326,10 @@ class ArtifactWriter:
             queries=queries,
             seed=seed,
             threads=self._threads,
+            device=device,
+            memory_bytes=memory_bytes,
+            on_progress=on_progress,
         )
-        file = f"indexes/{name}.faiss"
         index.save(self.folder / file)
         self._indexes[name] = {
             "file": file,
@@ -324,7 +343,13 @@ class ArtifactWriter:
             "dim": index.dim,
             "bytes": (self.folder / file).stat().st_size,
             **measured,
+            "plot_file": f"{file}.svg",
         }
+        title = f"{name}: {index.factory} over {index.rows:,} x {index.dim}"
+        plot = recall_plot(title, measured["curve"], index.parameters, measured["recall"])
+        write_atomic(self.folder / f"{file}.svg", plot.encode())
+        if keep is not None:
+            _keep(keep, self.folder, file, self._indexes[name])
         return dict(self._indexes[name])
 
     def publish(self, *, lineage: Mapping[str, Any], figures: Mapping[str, Any]) -> Path:
@@ -408,6 +433,32 @@ class ArtifactWriter:
         if self._lease is not None:
             os.close(self._lease)
             self._lease = None
+
+
+def _keep(keep: Path, folder: Path, file: str, record: Mapping[str, Any]) -> None:
+    """Link the index `file` of a version's folder and its settings into `keep`, then write its record there."""
+    sums = {}
+    for part in (file, f"{file}.json", f"{file}.svg"):
+        kept = keep / Path(part).name
+        kept.unlink(missing_ok=True)
+        os.link(folder / part, kept)
+        sums[kept.name] = checksum(kept)
+    write_json(keep / f"{Path(file).name}.record.json", {"record": dict(record), "sha256": sums})
+
+
+def _take_kept(keep: Path, folder: Path, file: str) -> dict[str, Any] | None:
+    """The record of what `_keep` has kept, its files linked into `folder`; None if none is there or it is damaged."""
+    names = [Path(file).name + ending for ending in ("", ".json", ".svg")]
+    try:
+        noted = json.loads((keep / f"{names[0]}.record.json").read_bytes())
+        if any(checksum(keep / name) != noted["sha256"][name] for name in names):
+            return None
+        record: dict[str, Any] = noted["record"]
+        for name in names:
+            os.link(keep / name, (folder / file).with_name(name))
+        return record
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _version_folder(path: Path) -> Path:

@@ -94,12 +94,14 @@ class Candidates:
         """`_search` through the index in the calling thread, into scores and rows [n, k]."""
         assert self._index is not None
         # of many equal rows an exhaustive index fetches some: fetch more, and do without it where they still are equal
-        fetch = min(self.rows, wanted + _SPARE) if self._index.exhaustive else wanted
+        # and of what a lossy index finds, the best by their vectors
+        fetch = wanted + _SPARE if self._index.exhaustive else wanted * self._index.rescore
+        fetch = min(self.rows, fetch)
         found = self._index.search_rows(queries, fetch)
         lacking = np.empty(len(queries), np.bool_)
         if kernels.best_unseen(
-            queries, found, *self.vectors.stored, self._metric == "cosine", wanted, seen.values, seen.offsets,
-            scores, rows, lacking,
+            queries, found, *self.vectors.stored, self._metric == "cosine", wanted, self._index.exhaustive,
+            seen.values, seen.offsets, scores, rows, lacking,
         ):  # fmt: skip
             members = np.flatnonzero(lacking)
             exact = exact_search(queries[members], self.vectors, wanted, metric=self._metric)

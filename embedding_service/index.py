@@ -1,6 +1,6 @@
 """A FAISS index over a vector set: build, tune to a recall target, save, load, search.
 
-FAISS is met in this file only, and CPU or GPU is chosen in one place, `_to_fastest_device`.
+FAISS is met in this file only, and CPU or GPU is chosen in one place, `_to_device`.
 
 Maximum inner product on a graph (HNSW) is the one case that FAISS's defaults get badly wrong when vectors differ
 in length or share a common direction, as item2vec's output vectors do. A graph is therefore built over one of:
@@ -9,19 +9,20 @@ in length or share a common direction, as item2vec's output vectors do. A graph 
     augmented  (x - c, sqrt(M^2 - |x - c|^2)) with M the largest |x - c|, queries (q, 0), under L2:
                |q' - x'|^2 = |q|^2 + M^2 - 2 q.(x - c)       (Bachrach et al. 2014, RecSys, section 3)
 
-recall@20 at efSearch 64 with HNSW32 on trained item2vec output vectors, plain / centred / augmented: .983 / .993 / .909
-(Diginetica sessions, 43 k), .230 / .779 / .863 (Gowalla baskets, 41 k; the augmented one alone reaches .95, at efSearch
-256). Neither wins everywhere, so `embedding_service.tuning` tries the second where the first needs a long search. The
-other kinds, and cosine, are as FAISS has them ("plain"): IVF over augmented vectors found next to nothing on Gowalla.
+recall@20 of HNSW32 at efSearch 64 over Gowalla's item2vec vectors, plain / centred / augmented: .50 / .90 / .98
+(`tests.benchmarks.index_tradeoff`, `gowalla.arrangements`). Which is best differs from data to data, so
+`embedding_service.tuning` tries the augmented one where the centred one needs a long search. The other kinds, and
+cosine, are as FAISS has them ("plain").
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,31 +32,19 @@ import numpy as np
 from cluster.errors import ArtifactError, SettingError
 from cluster.storage import write_json
 from embedding_service.exact import ArrayVectors, Float32, Int64, Metric, Vectors, unit_length
+from embedding_service.index_plan import ROWS_PER_CENTROID, TRAINED_PER_CENTROID, advice, auto_factory, check_memory
 
 Arrangement = Literal["plain", "centred", "augmented"]
+Device = Literal["auto", "cpu", "gpu"]  # auto: the GPU where there is one and FAISS has the kind of index for it
 
-ROWS_PER_CENTROID = (39, 256)  # FAISS's advice for k-means: fewer give poor centroids, more are not used
+ADDED_ROWS = 65_536  # at a time
 MAX_TRAINING_BYTES = 2 * 2**30  # of the training sample, as long as 39 rows per centroid fit
-MAX_GPU_K = 2048  # FAISS's limit
+MAX_GPU_K = MAX_GPU_NPROBE = 2048  # FAISS's limits
+MAX_RESCORE = 1024
+_SPARE = 8  # rows that `nearest_rows` keeps beyond what is asked for, against float32's rounding
+_LOSSLESS = (faiss.IndexFlat, faiss.IndexHNSWFlat, faiss.IndexIVFFlat)
 
-
-def auto_factory(rows: int, dim: int) -> str:
-    """The factory string for a catalogue of this size.
-
-    below 20 k      Flat: exact, needs no tuning, and a query still takes well under a millisecond
-    below 2 M       HNSW32: the fastest at high recall; 4 dim + 270 bytes per row and a build of minutes still fit
-    below 20 M      HNSW32,SQ8: a quarter of the vectors' memory for .01 to .02 of recall
-    above           IVF with an HNSW coarse quantiser over SQ8 (16 sqrt(rows) lists, FAISS's advice), because a graph
-                    over all rows no longer fits or takes hours to build; training needs 39 rows per list
-    """
-    if rows < 20_000:
-        return "Flat"
-    if rows < 2_000_000:
-        return "HNSW32"
-    if rows < 20_000_000:
-        return "HNSW32,SQ8"
-    lists = 2 ** round(np.log2(min(16 * rows**0.5, rows / 64)))
-    return f"IVF{lists}_HNSW32,SQ8"
+_log = logging.getLogger(__name__)
 
 
 class VectorIndex:
@@ -71,6 +60,7 @@ class VectorIndex:
         centre: Float32 | None,
         radius: float,
         parameters: Mapping[str, int],
+        device: Device = "auto",
     ) -> None:
         self.factory = factory
         self.metric: Metric = metric
@@ -78,8 +68,9 @@ class VectorIndex:
         self.parameters: dict[str, int] = {}
         self._centre = centre
         self._radius = radius
-        self._core_kind = type(_core(index))
-        self._index, self._gpu = _to_fastest_device(index)
+        self.rescore = 1
+        self._core_kind, self._refines = type(_core(index)), isinstance(_whole(index), faiss.IndexRefine)
+        self._index, self._gpu = _to_device(index, device, factory)
         self._searching = threading.Lock() if self._gpu is not None else contextlib.nullcontext()
         self.set_parameters(parameters)
 
@@ -93,11 +84,16 @@ class VectorIndex:
         arrangement: Arrangement | None = None,
         threads: int | None = None,
         seed: int = 0,
+        device: Device = "auto",
+        memory_bytes: int = 0,
+        on_share: Callable[[float], None] | None = None,
     ) -> VectorIndex:
         """Train and fill an index; its search parameters are FAISS's defaults until `set_parameters`.
 
         Reads `vectors` in chunks: memory is the index, a training sample (IVF, PQ, SQ) and one chunk. `arrangement`
-        None picks "centred" for a graph under inner product and "plain" else. `threads` is for `set_threads`.
+        None picks "centred" for a graph under inner product and "plain" else. `threads` is for `set_threads`. With a
+        GPU the index is trained and filled there. `on_share` is told the share of rows that are in the index.
+        `memory_bytes` (0: any) bounds what `auto` chooses and what is built.
 
         Raises SettingError (export.index) for a factory string that FAISS cannot parse or honour for this dimension
         and metric, and for fewer vectors than its training needs.
@@ -105,7 +101,10 @@ class VectorIndex:
         if isinstance(vectors, np.ndarray):
             vectors = ArrayVectors(vectors)
         set_threads(threads)
-        resolved = auto_factory(vectors.rows, vectors.dim) if factory == "auto" else factory
+        resolved = auto_factory(vectors.rows, vectors.dim, memory_bytes) if factory == "auto" else factory
+        check_memory(resolved, vectors.rows, vectors.dim, memory_bytes)
+        if note := advice(resolved, vectors.rows):
+            _log.info(note)
         empty = _create(resolved, vectors.dim, faiss.METRIC_INNER_PRODUCT)
         if arrangement is None:
             arrangement = "centred" if metric == "ip" and _is_graph(empty) else "plain"
@@ -116,13 +115,17 @@ class VectorIndex:
         if arrangement == "augmented":
             empty = _create(resolved, vectors.dim + 1, faiss.METRIC_L2)
         arranged = _Arranged(vectors, metric, centre, radius if arrangement == "augmented" else None)
+        built = cls(
+            empty, factory=resolved, metric=metric, arrangement=arrangement, centre=centre, radius=radius,
+            parameters={}, device=device,
+        )  # fmt: skip
         if not empty.is_trained:
-            empty.train(_training_sample(arranged, empty, resolved, seed))
-        for _, chunk in arranged.chunks():
-            empty.add(chunk)
-        return cls(
-            empty, factory=resolved, metric=metric, arrangement=arrangement, centre=centre, radius=radius, parameters={}
-        )
+            built._index.train(_training_sample(arranged, empty, resolved, seed))
+        for start, chunk in arranged.chunks(ADDED_ROWS):
+            built._index.add(chunk)
+            if on_share is not None:
+                on_share((start + len(chunk)) / vectors.rows)
+        return built
 
     @property
     def rows(self) -> int:
@@ -146,15 +149,34 @@ class VectorIndex:
         """The search parameter that trades time for recall and its largest value; None if there is none."""
         core = _core(self._index)
         if hasattr(core, "nprobe"):
-            return "nprobe", int(core.nlist)
+            return "nprobe", min(int(core.nlist), MAX_GPU_NPROBE) if self.on_gpu else int(core.nlist)
         if hasattr(core, "hnsw"):
             return "efSearch", max(16, min(4096, self.rows))
         return None
 
+    @property
+    def depth(self) -> str | None:
+        """The parameter that says how many times k rows are fetched and scored anew; None where codes lose nothing.
+
+        `k_factor_rf` is FAISS's, of indexes that keep the originals themselves (`...,RFlat`); `rescore` is ours:
+        `Candidates` scores by the stored vectors, which the artifact has anyway, at no memory of the index.
+        """
+        if self._refines:
+            return "k_factor_rf"
+        return None if issubclass(self._core_kind, _LOSSLESS) else "rescore"
+
     def set_parameters(self, parameters: Mapping[str, int]) -> None:
-        """Set FAISS search parameters (efSearch, nprobe, k_factor_rf...). Raises ArtifactError for one it lacks."""
+        """Set FAISS search parameters (efSearch, nprobe, k_factor_rf...), or `rescore`, the factor of rows fetched.
+
+        Raises ArtifactError for one that the index lacks.
+        """
         space = faiss.GpuParameterSpace() if self._gpu is not None else faiss.ParameterSpace()
         for name, value in parameters.items():
+            if name == "rescore":
+                if not 1 <= value <= MAX_RESCORE:
+                    raise ArtifactError(f"index {self.factory}: rescore {value} is not in 1..{MAX_RESCORE}")
+                self.rescore = self.parameters[name] = value
+                continue
             try:
                 space.set_index_parameter(self._index, name, value)
             except RuntimeError as error:
@@ -230,7 +252,7 @@ class VectorIndex:
         write_json(f"{path}.json", settings)
 
     @classmethod
-    def load(cls, path: str | Path) -> VectorIndex:
+    def load(cls, path: str | Path, *, device: Device = "auto") -> VectorIndex:
         """The index that `save` wrote. Raises ArtifactError, naming the file, if it is missing, damaged or foreign."""
         try:
             settings = json.loads(Path(f"{path}.json").read_bytes())
@@ -252,7 +274,7 @@ class VectorIndex:
         expected = faiss.METRIC_L2 if settings["arrangement"] == "augmented" else faiss.METRIC_INNER_PRODUCT
         if index.metric_type != expected:
             raise ArtifactError(f"{path}: its metric is not the one of its settings file")
-        loaded = cls(index, **{**settings, "centre": centre})
+        loaded = cls(index, **{**settings, "centre": centre}, device=device)
         if centre is not None and (centre.shape != (loaded.dim,) or not np.isfinite(centre).all()):
             raise ArtifactError(f"{path}.json: the centre does not have the index's dimension {loaded.dim}")
         return loaded
@@ -281,14 +303,16 @@ class _Arranged:
             chunk = np.concatenate([chunk, rest.astype(np.float32)], axis=1)
         return np.ascontiguousarray(chunk)
 
-    def chunks(self) -> Iterator[tuple[int, Float32]]:
-        for start, chunk in self.vectors.chunks():
+    def chunks(self, size: int) -> Iterator[tuple[int, Float32]]:
+        for start, chunk in self.vectors.chunks(size):
             yield start, self(chunk)
 
 
 def _training_sample(arranged: _Arranged, index: Any, factory: str, seed: int) -> Float32:
-    """Evenly spread rows: at most 256 per centroid and MAX_TRAINING_BYTES, at least 39 per centroid."""
-    low, high = ROWS_PER_CENTROID
+    """Evenly spread rows: 100 per centroid, the (geometric) middle of FAISS's advice, within MAX_TRAINING_BYTES, but at
+    least 39 per centroid. k-means is most of what building IVF takes, and its time goes with the sample.
+    """
+    low = ROWS_PER_CENTROID[0]
     centroids = _num_centroids(index, factory)
     if arranged.rows < low * centroids:
         raise SettingError(
@@ -297,7 +321,7 @@ def _training_sample(arranged: _Arranged, index: Any, factory: str, seed: int) -
             f"there are {arranged.rows}: take at most {arranged.rows // low} lists, fewer PQ bits, or `auto`",
         )
     affordable = MAX_TRAINING_BYTES // (4 * index.d)
-    num = min(arranged.rows, max(65_536, min(high * centroids, affordable), low * centroids))
+    num = min(arranged.rows, max(65_536, min(TRAINED_PER_CENTROID * centroids, affordable), low * centroids))
     jitter = np.random.default_rng(seed).random(num)
     rows = np.minimum(((np.arange(num) + jitter) * (arranged.rows / num)).astype(np.int64), arranged.rows - 1)
     return arranged(arranged.vectors.take(rows))
@@ -333,6 +357,31 @@ def _create(factory: str, dim: int, metric: int) -> Any:
     return index
 
 
+def nearest_rows(vectors: Vectors, queries: Float32, k: int, metric: Metric) -> Int64:
+    """The min(k + 8, rows) rows of the best float32 scores for queries [n, dim], best first: int64 [n, k + 8 at most].
+
+    Exhaustive, chunk by chunk, and many times as fast as `exact_search`, at the price of float32: rows whose scores
+    differ by its rounding may change places, which the eight rows beyond k are for.
+    """
+    kept = min(k + _SPARE, vectors.rows)
+    best, rows = np.full((len(queries), kept), -np.inf, np.float32), np.full((len(queries), kept), -1, np.int64)
+    queries = unit_length(queries) if metric == "cosine" else np.ascontiguousarray(queries, np.float32)
+    for start, chunk in _Arranged(vectors, metric, None, None).chunks(ADDED_ROWS):
+        scores, found = faiss.knn(queries, chunk, min(kept, len(chunk)), metric=faiss.METRIC_INNER_PRODUCT)
+        both, both_rows = np.concatenate([best, scores], 1), np.concatenate([rows, found + start], 1)
+        order = np.argsort(-both, axis=1, kind="stable")[:, :kept]
+        best, rows = np.take_along_axis(both, order, 1), np.take_along_axis(both_rows, order, 1)
+    return rows
+
+
+def _whole(index: Any) -> Any:
+    """The index inside pre-transforms."""
+    index = faiss.downcast_index(index)
+    while isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    return index
+
+
 def _core(index: Any) -> Any:
     """The index inside pre-transforms and refinement: the one that has nprobe or an HNSW graph."""
     index = faiss.downcast_index(index)
@@ -349,16 +398,36 @@ def _is_graph(index: Any) -> bool:
     return hasattr(_core(index), "hnsw")
 
 
-def _to_fastest_device(index: Any) -> tuple[Any, Any]:
-    """The index on the first GPU and the GPU's resources, which must outlive it; as it is and None without.
+def _to_device(index: Any, device: Device, factory: str) -> tuple[Any, Any]:
+    """The index on the first GPU, in fp16 where FAISS can, and the GPU's resources, which must outlive it; or as it is
+    and None.
 
-    For a GPU, FAISS must be its GPU build, and the index of a kind that FAISS has for GPUs.
+    For a GPU, FAISS must be its GPU build, and the index of a kind that FAISS has for GPUs. Raises SettingError where
+    `device` is `gpu` and it cannot be; with `auto` a machine with a GPU says that it is not used.
     """
-    on_gpu = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
-    if faiss.get_num_gpus() == 0 or not isinstance(faiss.downcast_index(index), on_gpu):
+    if device == "cpu":
         return index, None
-    resources = faiss.StandardGpuResources()
-    return faiss.index_cpu_to_gpu(resources, 0, index), resources
+    on_gpu = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
+    fits = isinstance(faiss.downcast_index(index), on_gpu)
+    if faiss.get_num_gpus() == 0:
+        if device == "gpu":
+            raise SettingError(
+                "export.index_device",
+                "gpu, but FAISS sees no GPU here (or is its CPU build, faiss-cpu): set auto to use one where there is "
+                "one, or cpu",
+            )
+        return index, None
+    if not fits:
+        if device == "gpu":
+            raise SettingError(
+                "export.index_device",
+                f"gpu, but FAISS has no GPU form of {factory}; it has Flat, and IVF of Flat, SQ, PQ",
+            )
+        _log.info("index %s stays on the CPU: FAISS has no GPU form of it", factory)
+        return index, None
+    resources, options = faiss.StandardGpuResources(), faiss.GpuClonerOptions()
+    options.useFloat16 = not isinstance(faiss.downcast_index(index), faiss.IndexFlat)  # which is exact by definition
+    return faiss.index_cpu_to_gpu(resources, 0, index, options), resources
 
 
 def _mean(vectors: Vectors) -> Float32:

@@ -72,14 +72,35 @@ class VectorEntry(_Entry):
 
 
 class RecallEntry(_Entry):
-    """recall@k of the index against exact search, over `num_queries` queries of the given or the stored vectors."""
+    """recall@k of the index as it is served, against exact search, over `num_queries` queries.
+
+    queries: `validation` or `training` sessions of the run, vectors that somebody has `given`, or `stored` vectors,
+    each asking for its neighbours. half_width: of the 95 % confidence interval; None where it was not computed.
+    """
 
     value: Share
+    half_width: Share | None = None
     k: Rows
     target: Share
     met: bool
-    queries: Literal["given", "stored"]
+    queries: Literal["validation", "training", "given", "stored"]
     num_queries: Count
+
+
+class CurvePoint(_Entry):
+    """Recall, and microseconds of a query asked alone in one thread, at search parameters."""
+
+    parameters: dict[str, Count]
+    recall: Share
+    microseconds: Annotated[float, Field(ge=0)]
+
+
+class EstimateEntry(_Entry):
+    """What `index_plan.estimate` said before the index was built."""
+
+    index_bytes: Count
+    build_bytes: Count
+    seconds: Annotated[float, Field(ge=0)]
 
 
 class IndexEntry(_Entry):
@@ -95,6 +116,10 @@ class IndexEntry(_Entry):
     dim: Dim
     bytes: Count
     build_seconds: Annotated[float, Field(ge=0)]
+    build_bytes: Count | None = None
+    estimate: EstimateEntry | None = None
+    curve: list[CurvePoint] = Field(default_factory=list, max_length=1000)
+    plot_file: RelativePath | None = None
 
 
 class TowerEntry(_Entry):
@@ -154,6 +179,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
             refuse(f"vectors.{name}: has {vectors.rows} rows, but key map {vectors.keys!r} has {keys} keys")
     for name, index in manifest.indexes.items():
         named += [(f"indexes.{name}", index.file), (f"indexes.{name}", index.settings_file)]
+        named += [(f"indexes.{name}", index.plot_file)] if index.plot_file is not None else []
         if index.vectors not in manifest.vectors:
             refuse(f"indexes.{name}: there is no vector set {index.vectors!r}")
         source = manifest.vectors[index.vectors]

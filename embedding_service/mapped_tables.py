@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embedding_service.row_maps import Composition, RowMap, physical_tables, scale_of, weight_table
-from embedding_service.sharding import Asked, ShardedTables
+from embedding_service.sharding import Asked, MakeTables, ShardedTables
 from embedding_service.tables import Optimizer, TableSpec, deduplicate
 
 
@@ -38,14 +38,18 @@ class MappedTables:
         learning_rate: float,
         seed: int,
         device: torch.device | None = None,
+        make_tables: MakeTables = ShardedTables,
     ) -> None:
-        """specs: a row for every id; maps: table -> how its ids share rows. Raises ValueError if these disagree."""
+        """specs: a row for every id; maps: table -> how its ids share rows; make_tables: what makes the tables in
+        memory, `ShardedTables` or what is like it to who only looks rows up. Raises ValueError if specs and maps
+        disagree.
+        """
         self.maps = {name: one for name, one in (maps or {}).items() if not one.is_exact}
         self.ids = {spec.name: spec.rows for spec in specs}
         for name, one in self.maps.items():
             if self.ids.get(name) != one.ids:
                 raise ValueError(f"the row map of table {name} is for {one.ids} ids; got {self.ids.get(name)}")
-        self.physical = ShardedTables(
+        self.physical = make_tables(
             physical_tables(specs, self.maps),
             optimizer=optimizer,
             learning_rate=learning_rate,

@@ -172,6 +172,7 @@ def _scores_of(codes: Any) -> Any:
         _FLOATS_IN,
         types.boolean,
         types.int64,
+        types.boolean,
         _INT64S_IN,
         _INT64S_IN,
         _FLOATS_2D,
@@ -193,6 +194,7 @@ def best_unseen(
     scale: Any,
     cosine: bool,
     wanted: int,
+    heed_ties: bool,
     seen: Any,
     offsets: Any,
     out_scores: Any,
@@ -203,8 +205,9 @@ def best_unseen(
 
     codes [rows, dim] and scale float32 [rows], or [0] for none, are stored vectors (`VectorSet.stored`), decoded here.
     Scores are those of `exact.pair_scores`: inner products (for cosine of unit vectors) in float64, rounded to float32.
-    lacking [n] is set where fewer than m rows were found (-1 stands for the others), or where m > wanted and the last
-    score is that of place `wanted`: then rows that were not fetched may tie. Returns how many lack.
+    lacking [n] is set where fewer than `wanted` rows were found (-1 stands for the others), or where, with heed_ties,
+    the last of m > wanted scores is that of place `wanted`: then rows that were not fetched may tie. Returns how many
+    lack.
     """
     num, width = found.shape
     dim = codes.shape[1]
@@ -219,21 +222,22 @@ def best_unseen(
             query[d] = queries[i, d]
             squared += query[d] * query[d]
         length = max(np.sqrt(squared), 1e-30)
-        lacks = False
+        num_found = 0
         for j in range(width):
             row = found[i, j]
             rows[j] = row
             if row < 0:
-                lacks = True
                 scores[j] = -np.inf
                 continue
+            num_found += 1
             factor = scale[row] if len(scale) > 0 else np.float32(1.0)
             total = _dot(query, codes[row], factor)
             if cosine:
                 total /= length * max(np.sqrt(_squared(codes[row], factor)), 1e-30)
             scores[j] = np.float32(total)
         _rank(scores, rows)
-        lacks |= width > wanted and scores[width - 1] == scores[wanted - 1]
+        lacks = num_found < wanted
+        lacks |= heed_ties and width > wanted and scores[width - 1] == scores[wanted - 1]
         lacking[i] = lacks
         num_lacking += lacks
         _keep_unseen(scores[:wanted], rows[:wanted], seen[offsets[i] : offsets[i + 1]], out_scores[i], out_rows[i])

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -319,3 +319,8 @@ class ShardedTables:
 
     def _path(self, name: str) -> str:
         return f"by_dim.{self.specs[name].dim}.embeddings.{_t(name)}.weight"
+
+
+MakeTables = Callable[
+    ..., ShardedTables
+]  # or what is like it: of `ShardedTables`' arguments: tables with its `specs`, `route` and `lookup`

@@ -30,8 +30,8 @@ class VectorSet:
     @classmethod
     def open(cls, file: Path, scale_file: Path | None, *, rows: int, dim: int, precision: Precision) -> VectorSet:
         """Map the files into memory. Raises ArtifactError if they are not exactly what is asked for."""
-        codes = _map(file, DTYPES[precision], (rows, dim))
-        scale = None if scale_file is None else _map(scale_file, SCALE_DTYPE, (rows,))
+        codes = map_array(file, DTYPES[precision], (rows, dim))
+        scale = None if scale_file is None else map_array(scale_file, SCALE_DTYPE, (rows,))
         return cls(codes, scale, precision)
 
     @property
@@ -82,19 +82,12 @@ class VectorSink:
             raise ValueError(f"vector set {self._name}: wants [n, {self.dim}]; got {list(vectors.shape)}")
         if start_row < 0 or stop > self.rows:
             raise ValueError(f"vector set {self._name}: rows {start_row}..{stop - 1} are not all in 0..{self.rows - 1}")
-        try:
-            codes, scale = encode(vectors, self.precision)
-        except ValueError as error:
-            raise ArtifactError(
-                f"vector set {self._name}, from row {start_row} on: {error}; was the training sound?"
-            ) from None
-        if self.normalized:
-            norms = np.linalg.norm(vectors, axis=1)
-            wrong = np.flatnonzero((np.abs(norms - 1) > 1e-3) & (norms != 0))
-            if len(wrong):
-                raise ValueError(
-                    f"vector set {self._name}: row {start_row + wrong[0]} has length {norms[wrong[0]]:g}, not 1"
-                )
+        codes, scale = encoded_rows(self._name, start_row, vectors, self.precision, normalized=self.normalized)
+        self.write_codes(start_row, codes, scale)
+
+    def write_codes(self, start_row: int, codes: npt.NDArray[Any], scale: Float32 | None) -> None:
+        """Store what `encoded_rows` made of rows start_row..start_row + n - 1."""
+        stop = start_row + len(codes)
         self._codes.write(start_row, codes)
         if self._scale is not None:
             assert scale is not None
@@ -136,7 +129,27 @@ class _ArrayFile:
         self._file.close()
 
 
-def _map(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def encoded_rows(
+    name: str, start_row: int, vectors: Float32, precision: Precision, *, normalized: bool
+) -> tuple[npt.NDArray[Any], Float32 | None]:
+    """`quantize.encode` of rows start_row.. of the vector set `name`.
+
+    Raises ArtifactError for nan or infinite values and values beyond the precision's range, and ValueError, if the set
+    is promised to be normalised, for a length that is neither 1 nor 0.
+    """
+    try:
+        codes, scale = encode(vectors, precision)
+    except ValueError as error:
+        raise ArtifactError(f"vector set {name}, from row {start_row} on: {error}; was the training sound?") from None
+    if normalized:
+        norms = np.linalg.norm(vectors, axis=1)
+        wrong = np.flatnonzero((np.abs(norms - 1) > 1e-3) & (norms != 0))
+        if len(wrong):
+            raise ValueError(f"vector set {name}: row {start_row + wrong[0]} has length {norms[wrong[0]]:g}, not 1")
+    return codes, scale
+
+
+def map_array(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """The array of an .npy file, memory-mapped, after its header and size are held against what is expected."""
     try:
         with open(file, "rb") as handle:

@@ -13,6 +13,7 @@ from embedding_service.hashed_keys import KeyMap
 from embedding_service.ragged import Ragged, take_values
 from embedding_service.towers import Given
 from trainers.features import Feature
+from trainers.holdout import CaseSample, Holdout
 from trainers.prepare import Prepared, query_values
 from trainers.sessions import Columns, SessionBatch, SessionReader
 
@@ -48,6 +49,28 @@ def load_validation(config: Config, prepared: Prepared) -> Cases | None:
         return None
     columns = Columns("items", "user" if config.data.user else "", "history", "", config.data.query_features)
     return _to_cases(SessionReader(str(held_out), columns), prepared.key_maps, prepared.query_features)
+
+
+def sample_training(config: Config, prepared: Prepared, *, limit: int) -> Cases | None:
+    """At most `limit` training sessions as cases, their last item being the truth; None if none has two items.
+
+    A sample of the first 100 times `limit` sessions. Raises DataError if the training data are no longer there.
+    """
+    data = config.data
+    columns = Columns(data.items, data.user, features=data.query_features, text=data.text)
+    sample, holdout = CaseSample(limit, config.train.seed), Holdout("last_item", 0.0, config.train.seed, 0)
+    num_read = 0
+    for batch in SessionReader(data.train, columns, bad_rows=data.bad_rows).stream():
+        sample.add(holdout.cases(batch))
+        num_read += len(batch)
+        if num_read >= 100 * limit:
+            break
+    found = sample.result()
+    if found is None or found.history is None:
+        return None
+    items = prepared.keys["item"]
+    single = _single(found, prepared.key_maps, prepared.query_features)
+    return Cases(_known(found.history, items), _known(found.items, items), single)
 
 
 def load_cases(

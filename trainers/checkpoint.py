@@ -18,6 +18,7 @@ import io
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -312,6 +313,21 @@ def _load(model: Model, folder: Path) -> None:
             storage_reader=_JsonReader(folder),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         )
+    except (CheckpointException, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {folder} does not fit the model: {error}") from None
+
+
+def load_dense(model: Model, folder: Path) -> None:
+    """Read the towers' weights of the checkpoint in `folder`, and nothing else; no process group is needed.
+
+    Raises CheckpointError if they do not fit the model.
+    """
+    weights = {f"dense.{name}": value for name, value in model.dense.state_dict().items()}
+    try:
+        if weights:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is asked for
+                load(weights, storage_reader=_JsonReader(folder), no_dist=True)
     except (CheckpointException, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {folder} does not fit the model: {error}") from None
 

@@ -1,28 +1,44 @@
-"""A run's checkpoint -> an immutable, measured artifact."""
+"""A run's checkpoint -> an immutable, measured artifact.
+
+Vector sets are made in pieces (`trainers.export_shards`), on threads or as Ray tasks, straight from the checkpoint's
+shards, and indexes one after the other. What is done is kept in `<out>/.export-<fingerprint>` until the version is
+published, and taken up, after its checksums are held against it, by the next export of the same checkpoint with the
+same settings. Memory: CHUNK_ROWS vectors for each thread, the key maps and item features of the run, and then one index
+with its training sample (`lexshard export` tells how much before it is built).
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from cluster.config import Config, config_from_dict, config_to_dict, load_config
-from cluster.errors import CheckpointError
+from cluster.errors import ArtifactError, CheckpointError, DataError
 from cluster.launch import launch, report
-from cluster.rank import current_rank
+from cluster.rank import num_cores
+from cluster.storage import remove_folder
+from cluster.tasks import run_tasks
 from embedding_service.artifact import ArtifactWriter
-from embedding_service.row_maps import weight_table
+from embedding_service.index_plan import auto_factory, estimate
+from embedding_service.row_maps import RowMap, weight_table
+from embedding_service.tuning import TUNING_QUERIES, Queries
 from embedding_service.vectors import VectorSink
-from trainers.cases import Cases, load_validation
-from trainers.evaluate import load_trained
+from trainers import export_shards
+from trainers.cases import Cases, load_validation, sample_training
+from trainers.checkpoint import CheckpointStore, check_same_run
+from trainers.export_shards import Piece, copy_piece, cut, is_done, make_piece, stored_model
 from trainers.models import Model
 from trainers.prepare import Prepared, load_prepared
 
-_CHUNK_ROWS = 65_536
-_TUNING_QUERIES = 1000
 _INDEXES: tuple[tuple[str, str, Literal["ip", "cosine"]], ...] = (  # name, vector set (empty: the model's), metric
     ("recommend", "item", "ip"),
     ("similar", "", "cosine"),
@@ -39,8 +55,9 @@ def export_run(
 ) -> Path:
     """Publish the run's checkpoint (`best` or `last`) as a new version below `out` (empty: `<run>/artifacts`).
 
-    Settings are the run's, with `overrides` (`export.precision=int8`...). Returns the version's folder.
-    Raises LexshardError.
+    Settings are the run's, with `overrides` (`export.precision=int8`...). `on_event` is called with {"kind": "note",
+    "text"} and {"kind": "progress", "share", "text"}, in this thread. Returns the version's folder. Killed, it is to be
+    called again: what was done is kept. Raises LexshardError.
     """
     folder = Path(run)
     if not (folder / "config.toml").exists():
@@ -52,73 +69,242 @@ def export_run(
 
 def _export(settings: dict[str, Any]) -> str:
     config = config_from_dict(settings["config"])
-    place = current_rank(config.cluster.device)
     prepared = load_prepared(config.run)
-    model, checkpoint = load_trained(config, prepared, place, which=settings["which"])
-    lineage = {"run": Path(config.run).name, "checkpoint": checkpoint, "config": config_to_dict(config)}
-    with ArtifactWriter(settings["out"], name=Path(config.run).name) as writer:
-        for name, key_map in prepared.key_maps.items():
-            if not name.startswith("item_"):  # item features are inside the item vectors already
-                writer.add_keys(name, key_map)
-        for name, keys in model.vector_sets().items():
-            _write_vectors(writer, model, name, keys, config)
+    name, folder = _checkpoint(config, settings["which"])
+    shared = {"config": config_to_dict(config), "checkpoint": str(folder)}
+    model = stored_model(shared)
+    lineage = {"run": Path(config.run).name, "checkpoint": name, "config": config_to_dict(config)}
+    with (
+        ArtifactWriter(settings["out"], name=Path(config.run).name, threads=config.export.threads or None) as writer,
+        _work_folder(writer.root, folder, config) as work,
+    ):
+        for side_file, source in _side_files(config):
+            writer.add_file(side_file, source)  # before the work: one may be missing
+        for key_map, keys in prepared.key_maps.items():
+            if not key_map.startswith("item_"):  # item features are inside the item vectors already
+                writer.add_keys(key_map, keys)
+        _write_vectors(writer, model, config, shared, work)
         writer.set_query_tower(model.query_tower.spec, model.query_tower.state_dict())
-        for index, vectors, metric in _INDEXES:
-            report({"kind": "note", "text": f"building the index `{index}`"})
-            writer.add_index(
-                index,
-                vectors=vectors or model.similar_set,
-                metric=metric,
-                factory=config.export.index,
-                recall_target=config.export.recall_target,
-                recall_k=config.export.recall_k,
-                queries=_tuning_queries(config, prepared, model) if index == "recommend" else None,
-                seed=config.train.seed,
-            )
-        for name, source in (("attributes.parquet", config.export.attributes), ("cases.parquet", config.export.cases)):
-            if source:
-                writer.add_file(name, source)
+        _write_indexes(writer, model, config, prepared, work)
         return str(writer.publish(lineage=lineage, figures=_figures(config)))
 
 
-def _write_vectors(writer: ArtifactWriter, model: Model, name: str, keys: str, config: Config) -> None:
-    """One vector set, a chunk at a time. Items get a row each, whatever they share in training, since indexes are built
-    of them; users and features keep sharing theirs.
+def _side_files(config: Config) -> list[tuple[str, str]]:
+    """(name in the artifact, where it is) of the files that are published along."""
+    named = (("attributes.parquet", config.export.attributes), ("cases.parquet", config.export.cases))
+    return [(name, source) for name, source in named if source]
+
+
+def _checkpoint(config: Config, which: str) -> tuple[str, Path]:
+    """Name and folder of a sound checkpoint. Raises CheckpointError."""
+    store = CheckpointStore(config.run)
+    chosen = store.choose(which)
+    if chosen is None:
+        raise CheckpointError(f"{config.run} has no checkpoint yet; run `lexshard train` first")
+    name, description, refused = chosen
+    for reason in refused:
+        report({"kind": "note", "text": f"warning: {reason}; using {name} instead"})
+    check_same_run(description["config"], config, store.folder / name)
+    return name, store.folder / name
+
+
+@contextmanager
+def _work_folder(root: Path, checkpoint: Path, config: Config) -> Iterator[Path]:
+    """The folder of what is done, which stays if the block fails. Raises ArtifactError if another export is in it."""
+    of = {
+        "checkpoint": hashlib.sha256((checkpoint / "checkpoint.json").read_bytes()).hexdigest(),
+        "export": asdict(config.export) | {"threads": 0, "attributes": "", "cases": ""},
+        "pieces": [export_shards.PIECE_ROWS, 1],  # and the version of what is in them
+    }
+    digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+    work = root / f".export-{digest}"
+    work.mkdir(exist_ok=True)
+    handle = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(f"{work}: another export of this checkpoint is under way; wait for it") from None
+        yield work
+        for done in root.glob(".export-*"):
+            _remove_unused(done, own=done == work)
+    finally:
+        os.close(handle)
+
+
+def _remove_unused(work: Path, *, own: bool) -> None:
+    """What was done of this version, which is published, and of earlier ones that nobody works on."""
+    handle = os.open(work, os.O_RDONLY)
+    try:
+        if not own:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_folder(work)
+    except BlockingIOError:
+        pass  # under way
+    finally:
+        os.close(handle)
+
+
+def _write_vectors(writer: ArtifactWriter, model: Model, config: Config, shared: dict[str, Any], work: Path) -> None:
+    """All vector sets: pieces that are not done yet are made, then all are put together."""
+    sets = [whole for name in model.vector_sets() for whole in _stored_sets(model, name, config)]
+    pieces = [piece for whole in sets for piece in cut(whole, export_shards.PIECE_ROWS)]
+    todo = [piece for piece in pieces if not is_done(piece, work)]
+    if len(todo) < len(pieces):
+        report({"kind": "note", "text": f"{len(pieces) - len(todo)} of {len(pieces)} shards are done and sound"})
+    total = sum(whole.stop for whole in sets)
+    done = total - sum(piece.stop - piece.start for piece in todo)
+    for i, _ in run_tasks(
+        make_piece,
+        {**shared, "work": str(work)},
+        [asdict(piece) for piece in todo],
+        threads=config.export.threads or num_cores(),
+        engine=config.cluster.engine,
+        address=config.cluster.address,
+    ):
+        done += todo[i].stop - todo[i].start
+        _progress(f"{done:,} of {total:,} vectors", done / total)
+    for name in model.vector_sets():
+        for whole, sink in _sinks(writer, model, name, config):
+            for piece in cut(whole, export_shards.PIECE_ROWS):
+                copy_piece(piece, work, sink)
+
+
+def _map_of(model: Model, name: str) -> RowMap | None:
+    """How the ids of a vector set share its rows, None if each has its own.
+
+    Items get a row each, whatever they share in training, since indexes are built of them; users and features keep
+    sharing theirs.
     """
-    rows, table = model.table_rows(name), model.table_of(name)
-    map = None if table is None or keys == "item" else model.tables.maps.get(table)
+    table = model.table_of(name)
+    return None if table is None or model.vector_sets()[name] == "item" else model.tables.maps.get(table)
+
+
+def _stored_sets(model: Model, name: str, config: Config) -> list[Piece]:
+    """What is stored of a vector set: its vectors, and the learned weights of its ids' rows if there are any."""
+    table, map = model.table_of(name), _map_of(model, name)
     dim = config.model.dim if table is None else model.tables.specs[table].dim
     precision = config.export.precision
-    if map is None:
+    if table is None or map is None:
         normalized = name == "item" and config.model.kind == "two_tower" and config.model.normalize
-        sink = writer.add_vectors(name, rows=rows, dim=dim, keys=keys, precision=precision, normalized=normalized)
-        for start in range(0, rows, _CHUNK_ROWS):
-            stop = min(rows, start + _CHUNK_ROWS)
-            sink.write(start, model.vectors(name, start, stop).cpu().numpy())
-        return
-    assert table is not None
-    sink, weights = writer.add_shared_vectors(name, map, dim=dim, keys=keys, precision=precision)
-    _write_rows(sink, model, table)
-    if weights is not None:
-        _write_rows(weights, model, weight_table(table))
+        return [Piece(name, 0, model.table_rows(name), dim, precision, normalized=normalized)]
+    rows = Piece(name, 0, map.rows, dim, precision, table=table)
+    weights = Piece(weight_table(name), 0, map.weight_rows, map.weight_width, "fp32", table=weight_table(table))
+    return [rows, weights] if map.weight_rows else [rows]
 
 
-def _write_rows(sink: VectorSink, model: Model, table: str) -> None:
-    """The rows of a table as they are."""
-    for first, rows in model.tables.local_shards(table):
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            sink.write(first + start, rows[start : start + _CHUNK_ROWS].float().cpu().numpy())
+def _sinks(writer: ArtifactWriter, model: Model, name: str, config: Config) -> list[tuple[Piece, VectorSink]]:
+    """The sinks of what `_stored_sets` says of a vector set."""
+    keys, map = model.vector_sets()[name], _map_of(model, name)
+    first, *weights = _stored_sets(model, name, config)
+    if map is None:
+        sink = writer.add_vectors(
+            name, rows=first.stop, dim=first.dim, keys=keys, precision=first.precision, normalized=first.normalized
+        )
+        return [(first, sink)]
+    sink, weight_sink = writer.add_shared_vectors(name, map, dim=first.dim, keys=keys, precision=first.precision)
+    found = [(first, sink)]
+    if weight_sink is not None:
+        found.append((weights[0], weight_sink))
+    return found
 
 
-def _tuning_queries(config: Config, prepared: Prepared, model: Model) -> np.ndarray | None:
-    """Real queries for tuning the index: validation cases through the query tower; None without validation."""
-    cases: Cases | None = load_validation(config, prepared)
+def _write_indexes(writer: ArtifactWriter, model: Model, config: Config, prepared: Prepared, work: Path) -> None:
+    asked = _asked(config, prepared)
+    rows = len(prepared.keys["item"].keys)
+    for index, vectors, metric in _INDEXES:
+        set_name = vectors or model.similar_set
+        memory = int(config.export.memory_gib * 2**30)
+        _announce(index, rows, _stored_sets(model, set_name, config)[0].dim, config, memory)
+        queries: dict[str, Any] = {}
+        if asked is not None and index == "recommend":
+            queries = {"queries": _query_vectors(model, *asked)}
+        elif asked is not None:
+            queries = {"query_rows": (_looked_at(asked[0], rows), asked[1])}
+        record = writer.add_index(
+            index,
+            vectors=set_name,
+            metric=metric,
+            factory=config.export.index,
+            recall_target=config.export.recall_target,
+            recall_k=config.export.recall_k,
+            seed=config.train.seed,
+            device=config.export.index_device,
+            memory_bytes=memory,
+            on_progress=lambda text, share, index=index: _progress(f"{index}: {text}", share),  # type: ignore[misc]
+            keep=work,
+            **queries,
+        )
+        _tell(index, record)
+
+
+def _announce(index: str, rows: int, dim: int, config: Config, memory: int) -> None:
+    factory = config.export.index
+    factory = auto_factory(rows, dim, memory) if factory == "auto" else factory
+    need = estimate(factory, rows, dim, config.export.threads or num_cores())
+    takes = "" if need is None else f": about {_size(need.build_bytes)} while it is built, {need.seconds:,.0f} s"
+    report({"kind": "note", "text": f"index `{index}`, {factory} over {rows:,} x {dim}{takes}"})
+
+
+def _tell(index: str, record: dict[str, Any]) -> None:
+    recall = record["recall"]
+    at = ", ".join(f"{name} {value}" for name, value in record["parameters"].items()) or "exhaustive"
+    text = (
+        f"index `{index}`, {record['factory']}: {_size(record['bytes'])}, built in {record['build_seconds']:,.0f} s; "
+        f"recall@{recall['k']} {recall['value']:.4f} +- {recall['half_width']:.4f} at {at}, "
+        f"on {recall['num_queries']:,} {_SOURCES[recall['queries']]}"
+    )
+    report({"kind": "note", "text": text})
+    if not recall["met"]:
+        text = f"warning: index `{index}` does not reach export.recall_target = {recall['target']}"
+        report({"kind": "note", "text": f"{text}; name an index with finer codes"})
+
+
+_SOURCES = {
+    "validation": "validation sessions",
+    "training": "training sessions",
+    "given": "queries",
+    "stored": "vectors of its own",
+}
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _progress(text: str, share: float) -> None:
+    report({"kind": "progress", "share": share, "text": text})
+
+
+def _asked(config: Config, prepared: Prepared) -> tuple[Cases, str] | None:
+    """Real queries for tuning, and where they come from: validation cases, else training sessions; None without."""
+    cases, source = load_validation(config, prepared), "validation"
+    if cases is None:
+        try:
+            cases, source = sample_training(config, prepared, limit=TUNING_QUERIES), "training"
+            text = "there are no validation sessions: indexes are tuned on training sessions"
+        except DataError as error:
+            text = f"warning: no sessions to tune on ({error}): indexes are tuned on stored vectors, not real queries"
+        report({"kind": "note", "text": text})
     if cases is None:
         return None
-    chosen = cases.take(np.linspace(0, len(cases) - 1, min(len(cases), _TUNING_QUERIES)).astype(np.int64))
-    queries = model.encode_queries(chosen.history, chosen.single).cpu().numpy()
-    asking: np.ndarray = queries[np.abs(queries).max(1) > 0.0]
-    return asking  # a history of unknown items asks for nothing
+    chosen = np.linspace(0, len(cases) - 1, min(len(cases), TUNING_QUERIES)).astype(np.int64)
+    return cases.take(chosen), source
+
+
+def _query_vectors(model: Model, cases: Cases, source: str) -> Queries | None:
+    """The cases through the query tower; None if all are silent."""
+    queries = model.encode_queries(cases.history, cases.single).cpu().numpy()
+    asking = queries[np.abs(queries).max(1) > 0.0]  # a history of unknown items asks for nothing
+    return Queries(asking, source) if len(asking) else None
+
+
+def _looked_at(cases: Cases, rows: int) -> np.ndarray:
+    """The last item of every history, int64 [m]: what `similar` is asked for, as often as it is looked at."""
+    history = cases.history
+    last = history.values[history.offsets[1:][history.lengths > 0] - 1]
+    known: np.ndarray = last[(last >= 0) & (last < rows)]
+    return known
 
 
 def _figures(config: Config) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from embedding_service.mapped_tables import MappedTables
 from embedding_service.ragged import Ragged
 from embedding_service.row_maps import RowMap
+from embedding_service.sharding import MakeTables, ShardedTables
 from embedding_service.tables import TableSpec, deduplicate
 from embedding_service.towers import Given, Tower, TowerInput, TowerSpec, input_rows
 from trainers import skipgram
@@ -93,6 +94,7 @@ class Item2Vec:
         seed: int,
         threads: int,
         device: torch.device,
+        make_tables: MakeTables = ShardedTables,
     ) -> None:
         """counts: int64 [rows], how often each item occurs in training; tables, maps: see `model_tables`; block_items:
         items of a worker's step.
@@ -106,6 +108,7 @@ class Item2Vec:
             learning_rate=1.0,  # the kernel has applied the rate: the table adds the difference as it is
             seed=seed,
             device=device,
+            make_tables=make_tables,
         )
         block = TowerInput("history", "history", "input", dim, history_decay, history_length)
         self.query_tower = Tower(TowerSpec((block,), dim))

@@ -14,6 +14,7 @@ from cluster.errors import SettingError
 from embedding_service.keys import Vocabulary
 from embedding_service.mapped_tables import MappedTables
 from embedding_service.ragged import Ragged
+from embedding_service.sharding import MakeTables, ShardedTables
 from embedding_service.towers import Given, Tower
 from trainers.contrast import TEMPERATURES, ContrastSpec
 from trainers.item2vec import Item2Vec
@@ -188,8 +189,18 @@ def tables_of(config: Config, prepared: Prepared) -> ModelTables:
     return model_tables(config, {name: key_map.num_rows for name, key_map in prepared.key_maps.items()})
 
 
-def build_model(config: Config, prepared: Prepared, *, device: torch.device, threads: int) -> Model:
-    """The model that `config` describes, with new tables. A collective call. Raises SettingError."""
+def build_model(
+    config: Config,
+    prepared: Prepared,
+    *,
+    device: torch.device,
+    threads: int,
+    make_tables: MakeTables = ShardedTables,
+) -> Model:
+    """The model that `config` describes, with new tables. A collective call. Raises SettingError.
+
+    make_tables: `ShardedTables`, or what else looks rows up, which takes the same arguments.
+    """
     check_model(config)
     model, train = config.model, config.train
     counts = item_counts(prepared.keys["item"])
@@ -212,6 +223,7 @@ def build_model(config: Config, prepared: Prepared, *, device: torch.device, thr
             seed=train.seed,
             threads=threads,
             device=device,
+            make_tables=make_tables,
         )
     return TwoTower(
         counts,
@@ -242,4 +254,5 @@ def build_model(config: Config, prepared: Prepared, *, device: torch.device, thr
         seed=train.seed,
         device=device,
         unknown_row=len(prepared.keys["item"].keys) if prepared.keys["item"].unknown == "row" else -1,
+        make_tables=make_tables,
     )

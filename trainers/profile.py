@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from cluster.config import Config
 from cluster.errors import DataError
+from cluster.tasks import run_tasks
 from trainers.key_sketch import KeySketch
 from trainers.prepare import open_reader
 from trainers.session_batch import Columns, SessionBatch, is_weighted
@@ -125,8 +126,6 @@ def profile(config: Config, *, on_event: Listener = lambda event: None) -> dict[
 
 
 def _profile_on_ray(config: Config, reader: SessionReader, workers: int, on_event: Listener) -> PartProfile:
-    from cluster.ray_tasks import run_tasks
-
     settings = {
         "source": config.data.train,
         "columns": dataclasses.asdict(reader.columns),
@@ -134,20 +133,21 @@ def _profile_on_ray(config: Config, reader: SessionReader, workers: int, on_even
         "window_sessions": config.data.shuffle_sessions,
         "num_parts": workers,
     }
-    parts = run_tasks(
-        profile_task,
-        [{**settings, "part": part} for part in range(workers)],
-        address=config.cluster.address,
-        on_done=lambda done: on_event({"text": f"{done} of {workers} parts read"}),
-    )
+    tasks = [{"part": part} for part in range(workers)]
+    parts: dict[int, Any] = {}
+    for part, state in run_tasks(
+        profile_task, settings, tasks, threads=workers, engine="ray", address=config.cluster.address
+    ):
+        parts[part] = state
+        on_event({"text": f"{len(parts)} of {workers} parts read"})
     whole = PartProfile()
-    for part in parts:
-        whole.merge(PartProfile.from_state(part))
+    for part in range(workers):
+        whole.merge(PartProfile.from_state(parts[part]))
     return whole
 
 
-def profile_task(settings: dict[str, Any]) -> dict[str, Any]:
-    """One part of the data, in a Ray task: `PartProfile.state`."""
+def profile_task(settings: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
+    """The part task["part"] of the data, in a Ray task: `PartProfile.state`."""
     columns = settings["columns"]
     reader = SessionReader(
         settings["source"],
@@ -155,7 +155,7 @@ def profile_task(settings: dict[str, Any]) -> dict[str, Any]:
         bad_rows=settings["bad_rows"],
         window_sessions=settings["window_sessions"],
     )
-    found = _profile_part(reader, settings["part"], settings["num_parts"], lambda event: None, every_seconds=60.0)
+    found = _profile_part(reader, task["part"], settings["num_parts"], lambda event: None, every_seconds=60.0)
     return found.state()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from embedding_service.mapped_tables import MappedAsked, MappedTables
 from embedding_service.ragged import Ragged, take_values
 from embedding_service.row_maps import RowMap
+from embedding_service.sharding import MakeTables, ShardedTables
 from embedding_service.tables import Optimizer, TableSpec
 from embedding_service.towers import Encoder, Given, InputRows, Tower, TowerInput, TowerSpec, input_rows, says
 from trainers.contrast import Contrast, ContrastSpec, Pool
@@ -76,6 +77,7 @@ class TwoTower:
         seed: int,
         device: torch.device,
         unknown_row: int = -1,
+        make_tables: MakeTables = ShardedTables,
     ) -> None:
         """counts: int64 [items], how often each occurs; tables, maps: see `model_tables`; item_values: item feature ->
         its values of all items; unknown_row: the item row of unknown keys, -1 for none. What the settings mean:
@@ -105,7 +107,13 @@ class TwoTower:
                 for name, one in features.items()
             ]
         self.tables = MappedTables(
-            tables, maps, optimizer=optimizer, learning_rate=learning_rate, seed=seed, device=device
+            tables,
+            maps,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            seed=seed,
+            device=device,
+            make_tables=make_tables,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

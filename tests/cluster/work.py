@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.errors import DataError
+from cluster.errors import DataError, SettingError
 from cluster.launch import report
 from cluster.rank import current_rank
 
@@ -65,3 +65,15 @@ def wait_for_ever(settings: dict[str, Any]) -> None:
     """Says that it has begun, and never ends."""
     report({"text": "begun"})
     threading.Event().wait()
+
+
+def square(settings: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
+    """A task. Its process is killed the first time that `task["dies"]` is met; `task["bad"]` is refused."""
+    if task.get("bad"):
+        raise SettingError("export.index", f"{task['number']} is refused")
+    if task.get("dies"):
+        grave = Path(settings["graves"]) / str(task["number"])
+        if not grave.exists():
+            grave.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return {"square": task["number"] ** 2, "pair": (1, 2)}

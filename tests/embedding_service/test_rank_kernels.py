@@ -40,8 +40,9 @@ def test_best_unseen(metric: Metric, width: int, ties: bool, precision: Precisio
     scores, rows = np.empty((num, k), np.float32), np.empty((num, k), np.int64)
     lacking = np.empty(num, np.bool_)
     count = kernels.best_unseen(
-        queries, found, *stored.stored, metric == "cosine", width, np.concatenate(seen), offsets, scores, rows, lacking
-    )
+        queries, found, *stored.stored, metric == "cosine", width, False, np.concatenate(seen), offsets, scores, rows,
+        lacking,
+    )  # fmt: skip
     exact = pair_scores(queries, stored.take(found), metric)
     for i in range(num):
         want_scores, want_rows = reference(exact[i], found[i], set(seen[i].tolist()), k)
@@ -57,8 +58,15 @@ def test_a_tie_at_the_border_lacks() -> None:
     out_scores, out_rows, lacking = np.empty((2, 2), np.float32), np.empty((2, 2), np.int64), np.empty(2, np.bool_)
     none, offsets = np.empty(0, np.int64), np.zeros(3, np.int64)
     queries, stored = np.ones((2, 2), np.float32), VectorSet(vectors, None, "fp32").stored
-    assert kernels.best_unseen(queries, rows, *stored, False, 2, none, offsets, out_scores, out_rows, lacking) == 1
+    out = (none, offsets, out_scores, out_rows, lacking)
+    assert kernels.best_unseen(queries, rows, *stored, False, 2, True, *out) == 1
     assert lacking.tolist() == [True, False]
+    assert kernels.best_unseen(queries, rows, *stored, False, 2, False, *out) == 0, "more than wanted, to be rescored"
+    rows[1, 1:] = -1
+    assert kernels.best_unseen(queries, rows, *stored, False, 2, False, *out) == 1
+    assert lacking.tolist() == [False, True]
+    rows[1, 1] = 4
+    assert kernels.best_unseen(queries, rows, *stored, False, 2, False, *out) == 0, "as many as are wanted"
 
 
 def test_every_half_is_decoded_exactly() -> None:
@@ -68,7 +76,7 @@ def test_every_half_is_decoded_exactly() -> None:
     scores, rows, lacking = np.empty((num, 1), np.float32), np.empty((num, 1), np.int64), np.empty(num, np.bool_)
     none, offsets, found = np.empty(0, np.int64), np.zeros(num + 1, np.int64), np.arange(num)[:, None]
     queries = np.ones((num, 1), np.float32)
-    kernels.best_unseen(queries, found, *stored.stored, False, 1, none, offsets, scores, rows, lacking)
+    kernels.best_unseen(queries, found, *stored.stored, False, 1, False, none, offsets, scores, rows, lacking)
     assert (scores == stored.take(found[:, 0])).all()
 
 
