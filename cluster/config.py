@@ -371,6 +371,9 @@ class ExportSettings:
         0.95, "search parameters are raised until this recall of exact search", low=0.0, high=1.0
     )
     recall_k: int = setting(20, "k of that recall", low=1)
+    map: Literal["pca", "umap"] = setting(
+        "pca", "how the page draws the catalogue; umap: needs umap-learn, and minutes"
+    )
     attributes: str = setting(
         "",
         "Parquet side table to filter answers by: `item`, and columns of strings, whole numbers or true / false",

@@ -14,6 +14,9 @@ from cluster.errors import CheckpointError
 from cluster.launch import launch, report
 from cluster.rank import current_rank
 from embedding_service.artifact import ArtifactWriter
+from embedding_service.catalogue_map import MAX_ATTRIBUTES, Codes, attribute
+from embedding_service.keys import Vocabulary
+from embedding_service.projection import check_umap
 from embedding_service.row_maps import weight_table
 from embedding_service.vectors import VectorSink
 from trainers.cases import Cases, load_validation
@@ -52,6 +55,8 @@ def export_run(
 
 def _export(settings: dict[str, Any]) -> str:
     config = config_from_dict(settings["config"])
+    if config.export.map == "umap":
+        check_umap()
     place = current_rank(config.cluster.device)
     prepared = load_prepared(config.run)
     model, checkpoint = load_trained(config, prepared, place, which=settings["which"])
@@ -75,6 +80,13 @@ def _export(settings: dict[str, Any]) -> str:
                 queries=_tuning_queries(config, prepared, model) if index == "recommend" else None,
                 seed=config.train.seed,
             )
+        report({"kind": "note", "text": f"drawing the map by {config.export.map}"})
+        writer.add_map(
+            vectors=model.similar_set,
+            layout=config.export.map,
+            attributes=_attributes(prepared),
+            seed=config.train.seed,
+        )
         for name, source in (("attributes.parquet", config.export.attributes), ("cases.parquet", config.export.cases)):
             if source:
                 writer.add_file(name, source)
@@ -108,6 +120,16 @@ def _write_rows(sink: VectorSink, model: Model, table: str) -> None:
     for first, rows in model.tables.local_shards(table):
         for start in range(0, len(rows), _CHUNK_ROWS):
             sink.write(first + start, rows[start : start + _CHUNK_ROWS].float().cpu().numpy())
+
+
+def _attributes(prepared: Prepared) -> dict[str, tuple[Codes, list[str]]]:
+    """The item features that have one key per item: what the map can be coloured by."""
+    names = [name for name, feature in prepared.item_features.items() if feature.kind == "key"]
+    return {
+        name: attribute(np.asarray(prepared.item_values[name])[: len(prepared.keys["item"].keys)], keys)
+        for name in names[:MAX_ATTRIBUTES]
+        if isinstance(keys := prepared.keys.get(f"item_{name}"), Vocabulary)  # hashed keys have no names
+    }
 
 
 def _tuning_queries(config: Config, prepared: Prepared, model: Model) -> np.ndarray | None:
