@@ -17,11 +17,11 @@ from playwright.sync_api import sync_playwright
 
 from embedding_service.artifact import Artifact
 from embedding_service.http_artifact import http_api
-from tests.embedding_service.test_page import ARGUMENTS, CHROMIUM
+from tests.embedding_service.test_page import ARGUMENTS, CHROMIUM, Service
 
 
 def main(artifact: str, folder: str, *items: str) -> None:
-    config = uvicorn.Config(http_api(Artifact.open(artifact)), port=0, log_level="error", lifespan="off")
+    config = uvicorn.Config(Service(http_api(Artifact.open(artifact))), port=0, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

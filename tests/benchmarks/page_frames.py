@@ -23,7 +23,7 @@ from playwright.sync_api import sync_playwright
 from embedding_service.artifact import Artifact
 from embedding_service.http_artifact import http_api
 from tests.embedding_service.artifacts import publish
-from tests.embedding_service.test_page import ARGUMENTS, CHROMIUM
+from tests.embedding_service.test_page import ARGUMENTS, CHROMIUM, Service
 
 COUNT = """() => {
   const { deck } = lexshard.map;
@@ -41,7 +41,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         publish(Path(folder), num_items=args.points, factory="Flat", with_map=True)
         server = uvicorn.Server(
-            uvicorn.Config(http_api(Artifact.open(folder, verify=False)), port=0, log_level="error", lifespan="off")
+            uvicorn.Config(
+                Service(http_api(Artifact.open(folder, verify=False))), port=0, log_level="error", lifespan="off"
+            )
         )
         thread = threading.Thread(target=server.run)
         thread.start()

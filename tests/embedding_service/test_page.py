@@ -46,7 +46,8 @@ class Service:
         if self.token and scope["path"].startswith("/v1/") and headers.get("authorization") != f"Bearer {self.token}":
             answer = refused
         if answer is None:
-            return await self.live(scope, receive, send)
+            await self.live(scope, receive, send)
+            return
         status, document = answer((await receive())["body"], headers)
         kind = [(b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": status, "headers": kind})
