@@ -1,6 +1,7 @@
 # Every target prepares what it needs; the only things expected of the machine are Python 3.11 with pip, and make.
 #
 #   make demo | test | lint | bench | setup
+#   make page    builds the page that the service serves anew: for those who change embedding_service/page/src; needs npm
 #
 # PYTHON    the interpreter that .venv is made from (default: python3.11, else python3)
 # PIP_ARGS  added to every pip command, for instance to point it at PyTorch's index of CPU builds: on Linux the default
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TORCHREC := $(shell sed -n 's/^ *"\(torchrec==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench page clean
 
 setup: $(INSTALLED)
 
@@ -47,6 +48,9 @@ lint: setup
 # Each prints one JSON object as its last line. gowalla and diginetica need LEXSHARD_DATA, the folder with the data sets.
 bench: setup
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
+
+page:
+	cd embedding_service/page && npm ci --ignore-scripts --no-audit --no-fund && npm run build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

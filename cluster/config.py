@@ -385,6 +385,9 @@ class ExportSettings:
     threads: int = setting(
         0, "threads that export shards and build indexes where there is no Ray cluster; 0: one per core", low=0
     )
+    map: Literal["pca", "umap"] = setting(
+        "pca", "how the page draws the catalogue; umap: needs umap-learn, and minutes"
+    )
     attributes: str = setting(
         "",
         "Parquet side table to filter answers by: `item`, and columns of strings, whole numbers or true / false",

@@ -5,6 +5,7 @@
                      keys/<name>.arrow             key map
                      vectors/<name>.npy            fp32, fp16 or int8 [rows, dim]; int8 also <name>.scale.npy [rows]
                      indexes/<name>.faiss          FAISS index; its settings in .faiss.json, its curve as .faiss.svg
+                     map.safetensors               places on a plane, for people to look at
                      query_tower.safetensors       weights of the query tower (its description is in the manifest)
                      attributes.parquet, cases.parquet    side files, if there are any
 
@@ -22,7 +23,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +37,7 @@ from torch import Tensor
 from cluster.errors import ArtifactError
 from cluster.storage import checksum, publish_folder, remove_folder, sync_folder, write_atomic, write_json
 from embedding_service import manifest as schema
+from embedding_service.catalogue_map import MAX_ROWS, CatalogueMap, Codes, Layout, draw_map
 from embedding_service.exact import Metric
 from embedding_service.faiss_header import check_index_file
 from embedding_service.hashed_keys import HashedKeys, KeyMap
@@ -155,6 +157,14 @@ class Artifact:
             raise ArtifactError(f"{self.path / entry.file}: holds {found}, not what the manifest says of it")
         return index
 
+    def map(self) -> CatalogueMap | None:
+        """The map of the catalogue; None for a version of earlier times. Raises ArtifactError if it misfits."""
+        entry = self._manifest.map
+        if entry is None:
+            return None
+        file = self.path / entry.file
+        return CatalogueMap.load(file, rows=entry.rows, layouts=entry.layouts, colours=entry.colours)
+
     def _entry(self, kind: str, entries: Mapping[str, Any], name: str) -> Any:
         if name not in entries:
             known = ", ".join(sorted(entries)) or "none"
@@ -187,6 +197,7 @@ class ArtifactWriter:
         self._vectors: dict[str, Any] = {}
         self._indexes: dict[str, Any] = {}
         self._tower: dict[str, Any] | None = None
+        self._map: dict[str, Any] | None = None
         with _locked(self.root):
             _remove_abandoned(self.root)
             self.folder = self.root / f".tmp-{uuid.uuid4().hex}"
@@ -352,6 +363,34 @@ class ArtifactWriter:
             _keep(keep, self.folder, file, self._indexes[name])
         return dict(self._indexes[name])
 
+    def add_map(
+        self,
+        *,
+        vectors: str,
+        layout: Layout = "pca",
+        attributes: Mapping[str, tuple[Codes, Sequence[str]]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Draw and write the map over the first rows of the vector set `vectors` as stored.
+
+        `attributes`: name -> code uint8 [keys] and what the codes stand for (`catalogue_map.attribute`).
+        """
+        if vectors not in self._sinks:
+            raise ArtifactError(f"map: add vector set {vectors!r} first")
+        self._sinks[vectors].close()
+        rows = min(MAX_ROWS, len(self._vocabularies[self._vectors[vectors]["keys"]].keys))
+        drawn = draw_map(
+            self._stored(vectors).head(rows),
+            layout=layout,
+            attributes={name: (codes[:rows], labels) for name, (codes, labels) in (attributes or {}).items()},
+            seed=seed,
+        )
+        drawn.save(self.folder / "map.safetensors")
+        self._map = {
+            "file": "map.safetensors", "vectors": vectors, "rows": rows,
+            "layouts": list(drawn.layouts), "colours": list(drawn.colours),
+        }  # fmt: skip
+
     def publish(self, *, lineage: Mapping[str, Any], figures: Mapping[str, Any]) -> Path:
         """Write the manifest, rename the folder to its version and make it the current one; returns its path.
 
@@ -380,6 +419,7 @@ class ArtifactWriter:
                 "vectors": self._vectors,
                 "query_tower": self._tower,
                 "indexes": self._indexes,
+                "map": self._map,
                 "lineage": dict(lineage),
                 "figures": dict(figures),
                 "files": files,

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -52,6 +52,9 @@ from embedding_service.http_turns import Turns
 from embedding_service.keys import Vocabulary
 from embedding_service.selective import SelectiveRetriever
 
+if TYPE_CHECKING:
+    from embedding_service.http_page import Page
+
 logger = logging.getLogger(__name__)
 
 _INLINE_SECONDS = 0.002  # requests expected to take longer run in a thread
@@ -75,8 +78,11 @@ class HttpApi:
         limits: Limits = Limits(),  # noqa: B008 (frozen)
         threads: int = 1,
         selective: SelectiveRetriever | None = None,
+        page: Page | None = None,
     ) -> None:
-        """`items`, `users`: the key maps of the catalogue; `threads`: how many large requests are worked on at once."""
+        """`items`, `users`: the key maps of the catalogue; `threads`: how many large requests are worked on at once;
+        `page`: what is served for people to look at.
+        """
         self._queries = queries = Queries(retriever, catalogue, items, users, limits=limits, selective=selective)
         self.selective = selective
         self._retriever, self._items, self._limits = retriever, items, limits
@@ -86,6 +92,9 @@ class HttpApi:
         self._turns = Turns(queries.answers, self._is_quick, self._pool)
         self.document = openapi(catalogue, queries.models, limits)
         self._pages = _pages(catalogue, self.document, limits)
+        self._views = page.routes if page is not None else {}
+        self._start = "/docs" if page is None else "/page"
+        self._pages |= page.files if page is not None else {}
         self._gets = {"/v1/similar": queries.get_similar, "/v1/recommend": queries.get_recommend}
         self._posts: dict[str, Callable[[bytes], Work | Single]] = {
             "/v1/similar": queries.post_similar,
@@ -152,9 +161,11 @@ class HttpApi:
                 return await self._run(get(parameters(scope["query_string"])))
             if page := self._pages.get(path):
                 return page
+            if view := self._views.get(path):
+                return await self._in_thread(partial(view, parameters(scope["query_string"])))
             if path == "/":
                 root = scope.get("root_path", "")
-                return Response(307, b"", headers=((b"location", f"{root}/docs".encode()),))
+                return Response(307, b"", headers=((b"location", f"{root}{self._start}".encode()),))
         elif method == "POST" and (post := self._posts.get(path)):
             body = await read_body(scope, receive, self._limits.max_body_bytes)
             check: Callable[[], Work | Single] = partial(post, body)
@@ -198,7 +209,7 @@ class HttpApi:
             self._num_waiting -= 1
 
     def _no_such(self, method: str, path: str) -> Problem:
-        gets = self._gets.keys() | self._pages.keys()
+        gets = self._gets.keys() | self._views.keys() | self._pages.keys()
         allowed = ["GET"] * (path in gets or path == "/") + ["POST"] * (path in self._posts)
         if not allowed:
             known = ", ".join(sorted(gets | self._posts.keys()))

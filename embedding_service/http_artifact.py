@@ -11,6 +11,7 @@ from embedding_service.attributes import FILE as ATTRIBUTES
 from embedding_service.attributes import Attributes
 from embedding_service.hashed_keys import KeyMap
 from embedding_service.http_api import HttpApi
+from embedding_service.http_page import Page
 from embedding_service.http_schema import Catalogue, FeatureType, Limits
 from embedding_service.overlay import Overlay
 from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
@@ -64,7 +65,16 @@ def http_api(
     attributes = Attributes.read(artifact.path / ATTRIBUTES, items) if listed else None
     retriever = Retriever(artifact, threads=threads)
     selective = SelectiveRetriever(retriever, overlay or Overlay(), attributes)
-    api = HttpApi(retriever, catalogue, items, users, limits=limits, threads=max(2, threads), selective=selective)
+    api = HttpApi(
+        retriever,
+        catalogue,
+        items,
+        users,
+        limits=limits,
+        threads=max(2, threads),
+        selective=selective,
+        page=Page(artifact, items, artifact.map()),
+    )
     api.warm_up()
     return api
 

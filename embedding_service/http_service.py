@@ -38,7 +38,7 @@ class HttpService:
             if path in self._management.paths:
                 response = await self._management.respond(scope["method"], path, scope, receive)
                 return await response.send(send)
-            if self._access.read is not None and path not in _OPEN:
+            if self._access.read is not None and path not in _OPEN and not path.startswith("/page"):
                 self._access.check_read(scope)
             loaded = self._choose(scope)
             if path == "/openapi.json" and scope["method"] == "GET":

@@ -122,6 +122,16 @@ class IndexEntry(_Entry):
     plot_file: RelativePath | None = None
 
 
+class MapEntry(_Entry):
+    """`embedding_service.catalogue_map`; its rows are the first ones of the vector set, at most 2^20 of them."""
+
+    file: RelativePath
+    vectors: Name
+    rows: Annotated[int, Field(ge=1, le=2**20)]
+    layouts: Annotated[tuple[Literal["pca", "umap"], ...], Field(strict=False, min_length=1, max_length=2)]
+    colours: Annotated[tuple[Name, ...], Field(strict=False, max_length=32)]
+
+
 class TowerEntry(_Entry):
     spec: dict[str, Any]
     file: RelativePath
@@ -137,6 +147,7 @@ class Manifest(_Entry):
     vectors: dict[Name, VectorEntry]
     query_tower: TowerEntry | None
     indexes: dict[Name, IndexEntry]
+    map: MapEntry | None = None
     lineage: dict[str, Any]
     figures: dict[str, Any]
     files: dict[RelativePath, FileEntry]
@@ -187,6 +198,11 @@ def check_manifest(manifest: Manifest, where: str) -> None:
             refuse(f"indexes.{name}: vector set {index.vectors!r} has no row for every key")
         if (index.rows, index.dim) != (manifest.keys[source.keys].keys, source.dim):
             refuse(f"indexes.{name}: {index.rows} x {index.dim} does not fit vector set {index.vectors!r}")
+    if manifest.map is not None:
+        named.append(("map", manifest.map.file))
+        drawn = manifest.vectors.get(manifest.map.vectors)
+        if drawn is None or manifest.map.rows > manifest.keys[drawn.keys].keys:
+            refuse(f"map: {manifest.map.rows} rows do not fit a vector set {manifest.map.vectors!r}")
     if manifest.query_tower is not None:
         named.append(("query_tower", manifest.query_tower.file))
         for block in tower_spec(manifest, where).inputs:

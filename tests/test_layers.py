@@ -22,6 +22,7 @@ DOORS = {
     "datasketches": ("trainers/key_sketch.py", "trainers/profile.py"),
     "optuna": ("trainers/tune.py", "trainers/search_space.py"),
     "torch.distributed.checkpoint": ("trainers/checkpoint.py",),
+    "umap": ("embedding_service/projection.py",),
     "pickle": (),
 }
 

@@ -28,7 +28,10 @@ from cluster.rank import num_cores
 from cluster.storage import remove_folder
 from cluster.tasks import run_tasks
 from embedding_service.artifact import ArtifactWriter
+from embedding_service.catalogue_map import MAX_ATTRIBUTES, Codes, attribute
 from embedding_service.index_plan import auto_factory, estimate
+from embedding_service.keys import Vocabulary
+from embedding_service.projection import check_umap
 from embedding_service.row_maps import RowMap, weight_table
 from embedding_service.tuning import TUNING_QUERIES, Queries
 from embedding_service.vectors import VectorSink
@@ -69,6 +72,8 @@ def export_run(
 
 def _export(settings: dict[str, Any]) -> str:
     config = config_from_dict(settings["config"])
+    if config.export.map == "umap":
+        check_umap()
     prepared = load_prepared(config.run)
     name, folder = _checkpoint(config, settings["which"])
     shared = {"config": config_to_dict(config), "checkpoint": str(folder)}
@@ -86,6 +91,13 @@ def _export(settings: dict[str, Any]) -> str:
         _write_vectors(writer, model, config, shared, work)
         writer.set_query_tower(model.query_tower.spec, model.query_tower.state_dict())
         _write_indexes(writer, model, config, prepared, work)
+        report({"kind": "note", "text": f"drawing the map by {config.export.map}"})
+        writer.add_map(
+            vectors=model.similar_set,
+            layout=config.export.map,
+            attributes=_attributes(prepared),
+            seed=config.train.seed,
+        )
         return str(writer.publish(lineage=lineage, figures=_figures(config)))
 
 
@@ -113,7 +125,7 @@ def _work_folder(root: Path, checkpoint: Path, config: Config) -> Iterator[Path]
     """The folder of what is done, which stays if the block fails. Raises ArtifactError if another export is in it."""
     of = {
         "checkpoint": hashlib.sha256((checkpoint / "checkpoint.json").read_bytes()).hexdigest(),
-        "export": asdict(config.export) | {"threads": 0, "attributes": "", "cases": ""},
+        "export": asdict(config.export) | {"threads": 0, "attributes": "", "cases": "", "map": ""},
         "pieces": [export_shards.PIECE_ROWS, 1],  # and the version of what is in them
     }
     digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
@@ -274,6 +286,16 @@ def _size(num_bytes: float) -> str:
 
 def _progress(text: str, share: float) -> None:
     report({"kind": "progress", "share": share, "text": text})
+
+
+def _attributes(prepared: Prepared) -> dict[str, tuple[Codes, list[str]]]:
+    """The item features that have one key per item: what the map can be coloured by."""
+    names = [name for name, feature in prepared.item_features.items() if feature.kind == "key"]
+    return {
+        name: attribute(np.asarray(prepared.item_values[name])[: len(prepared.keys["item"].keys)], keys)
+        for name in names[:MAX_ATTRIBUTES]
+        if isinstance(keys := prepared.keys.get(f"item_{name}"), Vocabulary)  # hashed keys have no names
+    }
 
 
 def _asked(config: Config, prepared: Prepared) -> tuple[Cases, str] | None:

@@ -16,6 +16,7 @@ from embedding_service.towers import Tower, TowerInput, TowerSpec
 NUM_ITEMS = 500
 NUM_CLUSTERS = 20
 DIM = 16
+TOWNS = ["Lisboa", "Porto", "Faro"]
 HISTORY = TowerInput("history", "history", "input", DIM, 0.8)
 
 
@@ -45,12 +46,14 @@ def publish(
     num_items: int = NUM_ITEMS,
     integer_keys: bool = False,
     same: bool = False,
+    with_map: bool = False,
 ) -> Path:
     """An item2vec-like artifact: sets `item`, `input`, `user` and `shop`, indexes `recommend` (ip), `similar` (cosine).
 
     Items i and j look alike and follow each other if i % 20 == j % 20; user u and shop s ask for cluster u % 20 and
     s % 20.
     With `same`, all item vectors are equal: nothing but ties. `recommend` is tuned on means of random items.
+    `with_map`: and a map of `input`, with an attribute `town`.
     """
     items = vocabulary(list(range(10, 10 + num_items)) if integer_keys else [f"i{i:04d}" for i in range(num_items)])
     items = Vocabulary(items.keys, items.counts, unknown=unknown)
@@ -78,4 +81,7 @@ def publish(
         queries = np.stack([sets["input"][0][line[: 1 + i % 6]].mean(axis=0) for i, line in enumerate(chosen)])
         writer.add_index("recommend", vectors="item", metric="ip", queries=queries, **target)
         writer.add_index("similar", vectors="input", metric="cosine", **target)
+        if with_map:
+            towns = (np.arange(num_items) % len(TOWNS)).astype(np.uint8)
+            writer.add_map(vectors="input", attributes={"town": (towns, TOWNS)})
         return writer.publish(lineage={"run": "test"}, figures={"recall@20": 0.5})

@@ -220,6 +220,19 @@ def test_keys_and_values_of_a_request_are_those_of_training(run: Config) -> None
     assert retriever.recommend([[5003]], 3).cold_start == [True]  # an item that training never saw says nothing
 
 
+def test_the_map_is_coloured_by_the_items_features(runs: dict[str, Config], data: Path) -> None:
+    """By those with one key an item: not by lists (tags) and numbers (age, taste)."""
+    artifact = Artifact.open(Path(runs["hashed"].run) / "artifacts")
+    drawn = artifact.map()
+    assert drawn is not None
+    assert set(drawn.colours) == {"k-means", "country", "kind"}
+    side = pq.read_table(data / "side.parquet").to_pydict()
+    countries = dict(zip(side["item"], side["country"], strict=True))
+    labels = [drawn.labels["country"][code] for code in drawn.colours["country"]]
+    assert labels == [countries.get(key) or "other or none" for key in artifact.keys("item").keys.to_pylist()]
+    assert len(drawn.labels["kind"]) == 12  # eleven of the twelve kinds, and the others
+
+
 def test_new_items_are_found_by_their_features(run: Config, tmp_path: Path) -> None:
     """What is asked for after a group's items is the group's new item, which has no interaction: recall by chance
     is .16 (20 of 126 candidates).
