@@ -94,6 +94,11 @@ class Progress:
         return cls(**{**value, "position": Position(**value["position"])})
 
 
+def step_of(name: str) -> int:
+    """The step of the checkpoint `name`."""
+    return int(name.split("-")[1])
+
+
 class CheckpointStore:
     """The checkpoints of one run. `save` and `resume` are collective calls."""
 
