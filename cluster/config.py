@@ -95,13 +95,16 @@ class KeySettings:
 class TableSettings:
     """How the keys of one table find their vectors; a section each, by the table's name."""
 
-    map: Literal["auto", "exact", "hashed", "head_tail", "quotient_remainder"] = setting(
+    map: Literal["auto", "exact", "hashed", "head_tail", "quotient_remainder", "dynamic"] = setting(
         "auto",
         "exact: every key has its row; hashed: every key is a sum of `hashes` rows that it shares; head_tail: the most "
         "frequent keys have their rows, the others are hashed; quotient_remainder: every key is made of a pair of rows "
-        "that only it has; auto: exact, or head_tail where keys.budget asks for it",
+        "that only it has; dynamic: keys get rows as they turn up and lose them to others, for user and query features "
+        "with `rows`; auto: exact, or head_tail where keys.budget asks for it",
     )
-    rows: int = setting(0, "rows of the table; 0: by compression", low=0)
+    rows: int = setting(
+        0, "rows of the table, of which a dynamic one keeps one for keys without their own; 0: by compression", low=0
+    )
     compression: float = setting(0.0, "how many times fewer bytes than exact; 0: by rows", low=0.0)
     head: float = setting(0.5, "head_tail: share of the rows that frequent keys have to themselves", low=0.0, high=1.0)
     hashes: int = setting(2, "hashed, head_tail: rows that a key is the sum of", low=1, high=8)
@@ -116,6 +119,14 @@ class TableSettings:
         "false: keys are not listed anywhere but hashed as they come, which takes no memory however many there are; "
         "for map = hashed of user and query features, with `rows`",
     )
+    admission: int = setting(
+        2, "dynamic: how often a key must have been seen, lately, before it may have a row", low=1, high=255
+    )
+    eviction: Literal["lfu", "lru", "distance_lfu"] = setting(
+        "distance_lfu",
+        "dynamic: who makes room in a full table, the keys seen least often (lfu), those not seen for the longest time "
+        "(lru), or both: times seen by the windows of sessions since (distance_lfu)",
+    )
     dim: int = setting(0, "dimension of the table, for towers with hidden layers; 0: model.dim", low=0, high=4096)
     precision: Literal["", "fp32", "fp16"] = setting("", "precision of the table; empty: model.precision")
     disk: str = setting(
@@ -129,6 +140,11 @@ class TableSettings:
         "and `vector`; keys that it does not have start as always",
     )
     frozen: bool = setting(False, "the vectors are not trained: those of `vectors`, or of the run named by train.grow")
+
+    @property
+    def lists_keys(self) -> bool:
+        """Whether all keys are listed, in a vocabulary, and not hashed as they come."""
+        return self.vocabulary and self.map != "dynamic"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     <root>/CURRENT                     {"version": "..."}: the version that is served; flipped atomically
     <root>/<version>/manifest.json     the contents, lineage, figures, and size and sha256 of every file
-                     keys/<name>.arrow             key map
+                     keys/<name>.arrow             key map; of hashed keys <name>.json, or the ids that have rows
+                     keys/<name>.evicted.arrow     keys that lost their rows of a dynamic table (not read by serving)
                      vectors/<name>.npy            fp32, fp16 or int8 [rows, dim]; int8 also <name>.scale.npy [rows]
                      indexes/<name>.faiss          FAISS index; its settings in .faiss.json, its curve as .faiss.svg
                      map.safetensors               places on a plane, for people to look at
@@ -29,6 +30,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -37,6 +39,7 @@ from torch import Tensor
 from cluster.errors import ArtifactError
 from cluster.storage import checksum, publish_folder, remove_folder, sync_folder, write_atomic, write_json
 from embedding_service import manifest as schema
+from embedding_service.admitted_keys import AdmittedKeys
 from embedding_service.catalogue_map import MAX_ROWS, CatalogueMap, Codes, Layout, draw_map
 from embedding_service.exact import Metric
 from embedding_service.faiss_header import check_index_file
@@ -113,7 +116,8 @@ class Artifact:
         entry = self._entry("key map", self._manifest.keys, name)
         if not entry.hashed:
             return self.keys(name)
-        hashed = HashedKeys.load(self.path / entry.file)
+        kind = AdmittedKeys if entry.admitted else HashedKeys
+        hashed: KeyMap = kind.load(self.path / entry.file)
         if (hashed.num_keys, hashed.key_type, hashed.unknown) != (entry.keys, entry.key_type, entry.unknown):
             raise ArtifactError(f"{self.path / entry.file}: is not what the manifest says of it")
         return hashed
@@ -210,8 +214,8 @@ class ArtifactWriter:
     def add_keys(self, name: str, keys: KeyMap) -> None:
         """Write the key map `name`."""
         self._check_new("key map", self._key_maps, name)
-        hashed = isinstance(keys, HashedKeys)
-        file = f"keys/{name}.json" if hashed else f"keys/{name}.arrow"
+        hashed = isinstance(keys, (HashedKeys, AdmittedKeys))
+        file = f"keys/{name}.json" if isinstance(keys, HashedKeys) else f"keys/{name}.arrow"
         keys.save(self.folder / file)
         if isinstance(keys, Vocabulary):
             self._vocabularies[name] = keys
@@ -221,7 +225,17 @@ class ArtifactWriter:
             "key_type": keys.key_type,
             "unknown": keys.unknown,
             **({"hashed": True} if hashed else {}),
+            **({"admitted": True} if isinstance(keys, AdmittedKeys) else {}),
         }
+
+    def add_evicted(self, name: str, ids: np.ndarray, keys: pa.Array) -> None:
+        """Write `keys/<name>.evicted.arrow`, an Arrow IPC file of the keys that lost their rows of a dynamic table, for
+        whoever keeps something for each key. ids: int64 [n], see `HashedKeys`; keys: [n], null where it is not known.
+        """
+        batch = pa.record_batch({"ids": pa.array(ids, pa.int64()), "keys": keys})
+        file = self.folder / f"keys/{name}.evicted.arrow"
+        with pa.OSFile(os.fspath(file), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
 
     def add_vectors(
         self, name: str, *, rows: int, dim: int, keys: str, precision: Precision, normalized: bool = False

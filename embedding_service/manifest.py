@@ -40,6 +40,7 @@ class KeyMapEntry(_Entry):
     key_type: Literal["int64", "string"]
     unknown: Literal["skip", "row"]
     hashed: bool = False  # keys are hashed, not listed
+    admitted: bool = False  # of the hashed keys, only those in the file have a row of their own
 
 
 class RowMapEntry(_Entry):

@@ -7,6 +7,7 @@ A key map gives every key an id; a table with a RowMap gives every id the vector
     head_tail           v(i) = T[i] for i < head; the others are hashed into the rows behind these
     quotient_remainder  v(i) = (T[i mod m] + T[m + i div m]) / sqrt(2), or            Shi et al. 2020
                         v(i) = T[i mod m] * (1 + T[m + i div m])
+    dynamic             v(i) = T[s(i)], s learned while training: see `dynamic_rows`
 
     learned weights     v(i) = sum_j (1 + w_j(i)) T[h_j(i)] / sqrt(k)                 Svenstrup et al. 2017
 
@@ -31,7 +32,8 @@ from torch.nn import functional as F
 from embedding_service.ragged import Ragged
 from embedding_service.tables import TableSpec
 
-MapKind = Literal["exact", "hashed", "head_tail", "quotient_remainder"]
+MapKind = Literal["exact", "hashed", "head_tail", "quotient_remainder", "dynamic"]
+Eviction = Literal["lfu", "lru", "distance_lfu"]
 
 MAX_HASHES = 8
 _WEIGHT_SEED = 1 << 32  # apart from the seeds 1..k of the rows
@@ -43,7 +45,7 @@ class RowMap:
 
     head: of head_tail, how many ids have a row of their own. hashes: k. remainders: m of quotient_remainder. product:
     its vectors are products. weight_rows: rows of the table of learned weights, 0 for none; where ids are more than
-    that they share weights, too.
+    that they share weights, too. eviction, admission: of dynamic, see `DynamicRows`.
     """
 
     kind: MapKind
@@ -54,6 +56,8 @@ class RowMap:
     remainders: int = 0
     product: bool = False
     weight_rows: int = 0
+    eviction: Eviction = "lfu"
+    admission: int = 1
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that do not fit each other."""
@@ -101,6 +105,7 @@ class RowMap:
             quotient, remainder = np.divmod(ids, self.remainders)
             rows = np.stack([remainder, self.remainders + quotient], axis=1).reshape(-1)
             return Ragged(rows, np.arange(len(ids) + 1, dtype=np.int64) * 2)
+        assert self.kind != "dynamic", "which rows these ids have is not a function of the ids"
         from embedding_service import hash_kernels as kernels
 
         ids = np.ascontiguousarray(ids)
@@ -132,8 +137,15 @@ class RowMap:
             found.append(weights)
         return found
 
+    @property
+    def is_dynamic(self) -> bool:
+        return self.kind == "dynamic"
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        found = dataclasses.asdict(self)
+        if not self.is_dynamic:  # as artifacts have it, none of whose maps is dynamic
+            del found["eviction"], found["admission"]
+        return found
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> RowMap:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-from embedding_service.sharding import _check_fits_ranks, _Collections, _quiet_import, _t, check_kernels
+from embedding_service.sharding import _check_fits_ranks, _Collections, _t, check_kernels, quiet_import
 from embedding_service.tables import Optimizer, TableSpec
 
-with _quiet_import():
+with quiet_import():
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -74,7 +74,7 @@ def plan_shards(
     _check_fits_ranks(specs, machines.workers)
     check_kernels(specs, machines.device)
     limit = _UNLIMITED if budget_bytes is None else max(1, budget_bytes)
-    with _quiet_import():
+    with quiet_import():
         collection = _Collections(specs)
         kinds: dict[str, type[torch.optim.Optimizer]] = {
             "rowwise_adagrad": RowWiseAdagrad,

@@ -1,4 +1,4 @@
-"""Tables whose rows are spread over all ranks: the only file that speaks to TorchRec and FBGEMM.
+"""Tables whose rows are spread over all ranks: the file that speaks to TorchRec's tables and FBGEMM.
 
 A model is written against `ShardedTables.lookup`, which on one rank is a plain gather and on many an exchange; which of
 the two, and by whose means, is decided here alone. TorchRec plans and lays out the shards everywhere. On GPU its
@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ Asked = (
 
 
 @contextlib.contextmanager
-def _quiet_import() -> Iterator[None]:
+def quiet_import() -> Iterator[None]:
     """TorchRec and FBGEMM announce optional parts they did not find; that is not the user's business."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -48,7 +50,7 @@ def _quiet_import() -> Iterator[None]:
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
-with _quiet_import():
+with quiet_import():
     from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
     from torchrec.distributed import comm_ops
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -139,6 +141,7 @@ class ShardedTables:
         self.specs = {spec.name: spec for spec in specs}
         in_memory = [spec for spec in specs if not spec.folder]
         _check_fits_ranks(in_memory, dist.get_world_size())
+        self._seed = seed
         self.optimizer: Optimizer = optimizer
         self.device = device or torch.device("cpu")
         if self.device.type != "cpu" and len(in_memory) < len(specs):
@@ -149,13 +152,13 @@ class ShardedTables:
         self._on_disk = {spec.name: DiskTable(spec, optimizer=optimizer) for spec in specs if spec.folder}
         self._module: DistributedModelParallel | None = None
         if in_memory:
-            with _quiet_import():
+            with quiet_import():
                 self._module = self._shard(in_memory, learning_rate)
             for value in self.state_dict().values():
                 for shard in value.local_shards():
                     prefer_huge_pages(shard.tensor)
         if initialize:
-            self._initialize(seed)
+            self._initialize()
         self._exchange: RowExchange | None = None
         self._states: RowExchange | None = None
         if self.device.type == "cpu":
@@ -201,13 +204,29 @@ class ShardedTables:
             collection, device=self.device, plan=plan, sharders=sharders, init_data_parallel=False
         )
 
-    def _initialize(self, seed: int) -> None:
+    def _initialize(self) -> None:
         for name, spec in self.specs.items():
             for first, weights in self.local_shards(name):
                 step = max(1, _INIT_CHUNK_BYTES // (4 * spec.dim))
                 for start in range(0, len(weights), step):
                     part = weights[start : start + step]
-                    part.copy_(torch.from_numpy(initial_rows(spec, seed, first + start, first + start + len(part))))
+                    new = initial_rows(spec, self._seed, first + start, first + start + len(part))
+                    part.copy_(torch.from_numpy(new))
+
+    def reset(self, name: str, rows: npt.NDArray[np.int64]) -> None:
+        """Make rows of table `name` what they were before any training, and forget their optimiser's state.
+
+        rows: int64 [n], those of other ranks among them, which see to them.
+        """
+        shard, spec = self._own_shard(name), self.specs[name]
+        first = dist.get_rank() * shard.rows_per_rank
+        mine = rows[(rows >= first) & (rows < first + len(shard.weights))]
+        if not len(mine):
+            return
+        places = torch.from_numpy(mine - first).to(self.device)
+        new = np.concatenate([initial_rows(spec, self._seed, row, row + 1) for row in mine.tolist()])
+        shard.weights[places] = torch.from_numpy(new).to(self.device, shard.weights.dtype)
+        shard.state[places] = 0.0
 
     def route(self, ids: Mapping[str, Tensor]) -> Asked:
         """What `lookup` makes of these ids before it reads a row, done ahead of it; a collective call.

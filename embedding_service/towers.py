@@ -268,6 +268,20 @@ def weighted(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return values
 
 
+def row_values(values: Given) -> np.ndarray:
+    """The rows among `values`, which are no numbers: int64 [m], for lists one list after the other."""
+    flat = values.values if isinstance(values, Ragged) else values
+    return np.ascontiguousarray(flat["row"]) if flat.dtype == WEIGHTED else flat
+
+
+def with_rows(values: Given, rows: np.ndarray) -> Given:
+    """`values` with `rows`, int64 [m], in the place of `row_values`."""
+    if not isinstance(values, Ragged):
+        return rows
+    is_weighted = values.values.dtype == WEIGHTED
+    return values.with_values(weighted(rows, values.values["weight"]) if is_weighted else rows)
+
+
 def list_weights(lists: Ragged, *, mean: bool) -> np.ndarray:
     """What rows of lists are multiplied by to be pooled: float32 [m]. lists: of int64 or WEIGHTED values."""
     if lists.values.dtype != WEIGHTED:

@@ -16,7 +16,12 @@ FRONT_DOOR = ("cluster/cli.py", "cluster/sizing.py")
 # library -> where it may be imported: a folder or files
 DOORS = {
     "ray": ("cluster/", "embedding_service/app.py"),
-    "torchrec": ("embedding_service/tables.py", "embedding_service/sharding.py", "embedding_service/shard_plan.py"),
+    "torchrec": (
+        "embedding_service/tables.py",
+        "embedding_service/sharding.py",
+        "embedding_service/shard_plan.py",
+        "embedding_service/dynamic_rows.py",  # managed collision has to do with ids alone, and nothing with tables
+    ),
     "fbgemm_gpu": ("embedding_service/tables.py", "embedding_service/sharding.py"),
     "faiss": ("embedding_service/index.py",),
     "datasketches": ("trainers/key_sketch.py", "trainers/profile.py"),

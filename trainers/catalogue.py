@@ -68,14 +68,15 @@ def _rank_catalogue(model: Model, cases: Cases, k: int, seen: Ragged | None, num
     if seen is not None:
         order = np.argsort(seen.values, kind="stable")
         masked_item, masked_query = seen.values[order], seen.owners()[order]
-    sources = {block.source for block in model.query_tower.spec.inputs}
+    vectors = {block.source: block.vectors for block in model.query_tower.spec.inputs}
+    sources = vectors.keys()
     cold = np.ones(len(cases), bool)
     if sources & {"history", "last_item"}:
         seen_in_training = model.counts[np.maximum(cases.history.values, 0)] > 0
         trained = cases.history.with_values(np.where(seen_in_training, cases.history.values, -1))
         cold = ~says(trained, num_candidates)  # the unknown row says nothing
     for source in sources & cases.single.keys():
-        cold &= ~says(cases.single[source])
+        cold &= ~says(model.tables.known(vectors[source], cases.single[source]))
     frequency = -torch.arange(num_candidates, dtype=query.dtype, device=query.device)  # rows are ordered by it
     best = query.new_full((len(cases), k), -torch.inf)
     rows = torch.full((len(cases), k), -1, dtype=torch.int64, device=query.device)

@@ -95,6 +95,11 @@ class Progress:
         return cls(**{**value, "position": Position(**value["position"])})
 
 
+def step_of(name: str) -> int:
+    """The step of the checkpoint `name`."""
+    return int(name.split("-")[1])
+
+
 class CheckpointStore:
     """The checkpoints of one run. `save` and `resume` are collective calls."""
 
@@ -318,11 +323,13 @@ def _load(model: Model, folder: Path) -> None:
 
 
 def load_dense(model: Model, folder: Path) -> None:
-    """Read the towers' weights of the checkpoint in `folder`, and nothing else; no process group is needed.
+    """Read what the checkpoint in `folder` has besides tables: the towers' weights, and which ids have rows of dynamic
+    tables. No process group is needed.
 
     Raises CheckpointError if they do not fit the model.
     """
     weights = {f"dense.{name}": value for name, value in model.dense.state_dict().items()}
+    weights |= {f"tables.{name}": value for name, value in model.tables.slots().items()}
     try:
         if weights:
             with warnings.catch_warnings():

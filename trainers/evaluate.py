@@ -13,9 +13,11 @@ from cluster.config import Config, config_from_dict, config_to_dict, load_config
 from cluster.errors import ArtifactError, CheckpointError, DataError, SettingError
 from cluster.launch import launch, report
 from cluster.rank import Rank, current_rank
+from embedding_service.admitted_keys import AdmittedKeys
 from embedding_service.artifact import Artifact
 from embedding_service.hashed_keys import KeyMap
 from embedding_service.retrieval import Retriever
+from embedding_service.towers import row_values, with_rows
 from trainers.cases import Cases, load_cases, load_validation
 from trainers.catalogue import check_ks, evaluate_model
 from trainers.checkpoint import CheckpointStore
@@ -84,11 +86,23 @@ def evaluate(
         figures = launch(_evaluate_checkpoint, settings, workers=1, engine="inline", storage=str(folder))
         results.append({"what": f"checkpoint {figures.pop('checkpoint')}", "search": "exact", **figures})
     if artifact is not None:
+        served = _as_served(artifact, found) if is_run else found
         for exact in (True, False):
-            tally = evaluate_artifact(artifact, found, ks=ks, mask_seen=config.data.mask_seen, exact=exact)
+            tally = evaluate_artifact(artifact, served, ks=ks, mask_seen=config.data.mask_seen, exact=exact)
             what = {"what": f"artifact {artifact.version}", "search": "exact" if exact else "index"}
             results.append({**what, **tally.figures(), "by_frequency": tally.by_frequency()})
     return {"path": str(path), "cases": source, "num_cases": len(found), "results": results}
+
+
+def _as_served(artifact: Artifact, cases: Cases) -> Cases:
+    """`cases` of a run's key maps with the rows of the artifact's, which differ where a table is dynamic."""
+    single = dict(cases.single)
+    for source, values in cases.single.items():
+        name = "user" if source == "user" else f"query_{source}"
+        keys = artifact.key_map(name) if name in artifact.manifest["keys"] else None
+        if isinstance(keys, AdmittedKeys):
+            single[source] = with_rows(values, keys.rows_of_ids(row_values(values)))
+    return Cases(cases.history, cases.truth, single)
 
 
 def _find_cases(config: Config, keys: Mapping[str, KeyMap], features: Mapping[str, Feature], source: str) -> Cases:

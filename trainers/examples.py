@@ -152,6 +152,8 @@ class PairPlan:
             chosen = place == self.items.lengths[owners] - 1
         if only_history:  # without one there is nothing to ask with
             chosen &= (self.items.lengths[owners] > 1) if kind == "every_item" else (place > 0)
+        self.has_example = np.zeros(len(self.items), np.bool_)  # of the sessions
+        self.has_example[owners[chosen]] = True
         self.examples = random.permutation(np.flatnonzero(chosen))
         self.without_id = generator(*numbers, 3).random(len(self.examples)) < id_dropout
         self.size = self.num_trainable = len(self.examples)

@@ -20,15 +20,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import torch
 
 from cluster.config import Config, config_from_dict, config_to_dict, load_config
-from cluster.errors import ArtifactError, CheckpointError, DataError
+from cluster.errors import ArtifactError, CheckpointError, DataError, SettingError
 from cluster.launch import launch, report
 from cluster.rank import num_cores
 from cluster.storage import remove_folder
 from cluster.tasks import run_tasks
+from embedding_service.admitted_keys import AdmittedKeys
 from embedding_service.artifact import ArtifactWriter
 from embedding_service.catalogue_map import MAX_ATTRIBUTES, Codes, attribute
+from embedding_service.hashed_keys import KeyMap
 from embedding_service.index_plan import auto_factory, estimate
 from embedding_service.keys import Vocabulary
 from embedding_service.projection import check_umap
@@ -37,7 +41,8 @@ from embedding_service.tuning import TUNING_QUERIES, Queries
 from embedding_service.vectors import VectorSink
 from trainers import export_shards
 from trainers.cases import Cases, load_validation, sample_training
-from trainers.checkpoint import CheckpointStore, check_same_run
+from trainers.checkpoint import CheckpointStore, check_same_run, step_of
+from trainers.evictions import evicted_ids, keys_of
 from trainers.export_shards import Piece, copy_piece, cut, is_done, make_piece, stored_model
 from trainers.models import Model
 from trainers.prepare import Prepared, load_prepared
@@ -87,7 +92,8 @@ def _export(settings: dict[str, Any]) -> str:
             writer.add_file(side_file, source)  # before the work: one may be missing
         for key_map, keys in prepared.key_maps.items():
             if not key_map.startswith("item_"):  # item features are inside the item vectors already
-                writer.add_keys(key_map, keys)
+                writer.add_keys(key_map, _exported(model, key_map, keys))
+                _write_evicted(writer, model, key_map, config, prepared, name)
         _write_vectors(writer, model, config, shared, work)
         writer.set_query_tower(model.query_tower.spec, model.query_tower.state_dict())
         _write_indexes(writer, model, config, prepared, work)
@@ -157,9 +163,42 @@ def _remove_unused(work: Path, *, own: bool) -> None:
         os.close(handle)
 
 
+def _exported(model: Model, name: str, key_map: KeyMap) -> KeyMap:
+    """`key_map` as it is served: of a dynamic table, with the keys that have a row. Raises SettingError."""
+    dynamic = model.tables.dynamic.get(name)
+    if dynamic is None:
+        return key_map
+    ids = dynamic.trained.ids
+    if not len(ids):
+        raise SettingError(f"tables.{name}.admission", "no key was seen so often that it has a row: lower it")
+    return AdmittedKeys(key_map.key_type, ids.copy())
+
+
+def _write_evicted(
+    writer: ArtifactWriter, model: Model, name: str, config: Config, prepared: Prepared, checkpoint: str
+) -> None:
+    """`keys/<name>.evicted.arrow`: the keys that once had a row of a dynamic table and have none at this checkpoint."""
+    dynamic = model.tables.dynamic.get(name)
+    if dynamic is None:
+        return
+    ids = evicted_ids(config.run, name, step=step_of(checkpoint))
+    ids = ids[dynamic.trained.find(ids) == dynamic.trained.rows - 1]
+    try:
+        keys = keys_of(config, prepared, name, ids)
+    except (DataError, SettingError) as error:
+        keys = pa.nulls(len(ids), pa.int64() if prepared.hashed_keys[name].key_type == "int64" else pa.large_string())
+        text = (
+            f"warning: the evicted keys of `{name}` are given by their ids alone, without the training data ({error})"
+        )
+        report({"kind": "note", "text": text})
+    writer.add_evicted(name, ids, keys)
+
+
 def _write_vectors(writer: ArtifactWriter, model: Model, config: Config, shared: dict[str, Any], work: Path) -> None:
     """All vector sets: pieces that are not done yet are made, then all are put together."""
-    sets = [whole for name in model.vector_sets() for whole in _stored_sets(model, name, config)]
+    dynamic = [name for name in model.vector_sets() if model.table_of(name) in model.tables.dynamic]
+    in_pieces = [name for name in model.vector_sets() if name not in dynamic]
+    sets = [whole for name in in_pieces for whole in _stored_sets(model, name, config)]
     pieces = [piece for whole in sets for piece in cut(whole, export_shards.PIECE_ROWS)]
     todo = [piece for piece in pieces if not is_done(piece, work)]
     if len(todo) < len(pieces):
@@ -176,10 +215,12 @@ def _write_vectors(writer: ArtifactWriter, model: Model, config: Config, shared:
     ):
         done += todo[i].stop - todo[i].start
         _progress(f"{done:,} of {total:,} vectors", done / total)
-    for name in model.vector_sets():
+    for name in in_pieces:
         for whole, sink in _sinks(writer, model, name, config):
             for piece in cut(whole, export_shards.PIECE_ROWS):
                 copy_piece(piece, work, sink)
+    for name in dynamic:
+        _write_dynamic(writer, model, name, config)
 
 
 def _map_of(model: Model, name: str) -> RowMap | None:
@@ -219,6 +260,16 @@ def _sinks(writer: ArtifactWriter, model: Model, name: str, config: Config) -> l
     if weight_sink is not None:
         found.append((weights[0], weight_sink))
     return found
+
+
+def _write_dynamic(writer: ArtifactWriter, model: Model, table: str, config: Config) -> None:
+    """The rows that ids have, in their order, and behind them the one that all others share."""
+    now, dim = model.tables.dynamic[table].trained, model.tables.specs[table].dim
+    rows = np.append(now.rows_of_ids, now.rows - 1)
+    sink = writer.add_vectors(table, rows=len(rows), dim=dim, keys=table, precision=config.export.precision)
+    for start in range(0, len(rows), export_shards.CHUNK_ROWS):
+        asked = torch.from_numpy(rows[start : start + export_shards.CHUNK_ROWS])
+        sink.write(start, model.tables.physical.lookup({table: asked})[table].numpy())
 
 
 def _write_indexes(writer: ArtifactWriter, model: Model, config: Config, prepared: Prepared, work: Path) -> None:

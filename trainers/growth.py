@@ -112,6 +112,10 @@ class _Growth:
             if self.new_map is not None and self.new_map.weight_rows:
                 self._copy_rows(weight_table(self.name))
             num = 0 if isinstance(new_keys, HashedKeys) else new_keys.num_keys
+            if self.name in self.new.dynamic:
+                learned = self.old.dynamic[self.name].trained
+                self.new.dynamic[self.name].take_over(learned)
+                num = len(learned.ids)
             return Start(self.name, self.source, num, 0, 0)
         if not isinstance(old_keys, Vocabulary) or not isinstance(new_keys, Vocabulary):
             raise SettingError(

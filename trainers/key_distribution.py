@@ -79,6 +79,8 @@ def rows_of_step(map: RowMap, distribution: KeyDistribution, draws: float) -> fl
     asked = distribution.distinct(draws)
     if map.is_exact:
         return asked
+    if map.is_dynamic:
+        return min(asked, float(map.rows))
     if map.kind == "quotient_remainder":
         return sum(_occupied(rows, asked) for rows in (map.remainders, map.rows - map.remainders))
     shared = distribution.distinct(draws, first=map.head) if map.head else asked

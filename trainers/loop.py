@@ -22,6 +22,7 @@ from cluster.storage import remove_folder, write_atomic, write_json
 from trainers.cases import Cases, load_validation
 from trainers.catalogue import evaluate_model
 from trainers.checkpoint import CheckpointStore, Position, Progress, check_same_run
+from trainers.evictions import EvictionLog
 from trainers.growth import check_grow, grow
 from trainers.metrics import parse_metric
 from trainers.model_tables import table_warnings
@@ -54,7 +55,7 @@ def train(config: Config, *, fresh: bool = False, on_event: Listener | None = No
     if fresh:
         for name in ("checkpoints", "prepared", "tensorboard"):
             remove_folder(run / name)
-        for name in ("metrics.jsonl", "result.json", "start.json"):
+        for name in ("metrics.jsonl", "evicted.jsonl", "result.json", "start.json"):
             (run / name).unlink(missing_ok=True)
     elif (before := store.newest_config()) is not None:
         check_same_run(before, config, store.folder)
@@ -162,6 +163,9 @@ class _Run:
         self.model, self.store, self.progress, self.cases = model, store, progress, cases
         self.holdout = holdout_of(config, reader.num_sessions)
         self.log = _MetricsLog(Path(config.run), progress.step) if place.is_first else None
+        self.evictions: EvictionLog | None = None
+        if place.is_first and model.tables.dynamic:
+            self.evictions = EvictionLog(Path(config.run), progress.step)
         self.saved_at = self.reported_at = self.resumed_at = time.monotonic()
         self.started = self.resumed_at - progress.seconds
         self.loss, self.pairs, self.examples, self.num_trainable = 0.0, 0, 0, 0
@@ -179,6 +183,9 @@ class _Run:
                 loss, pairs = self.model.step(step, rate)
                 self.progress.position = position
                 self.progress.step += 1
+                evicted = self.model.tables.evicted()
+                if self.evictions is not None:
+                    self.evictions.write(self.progress.step, evicted)
                 if not math.isfinite(loss):
                     raise SettingError(
                         "train.learning_rate",
@@ -203,6 +210,8 @@ class _Run:
         """Close the run's log, whatever has ended the training."""
         if self.log is not None:
             self.log.close()
+        if self.evictions is not None:
+            self.evictions.close()
 
     def _steps(self, epoch: int) -> Iterator[tuple[Position, float, Step]]:
         """(position after the step, share of the training before it, the prepared step), read and prepared ahead."""
@@ -321,7 +330,7 @@ class _Run:
 
     def result(self) -> dict[str, Any]:
         """The run's figures; rank 0 also leaves them in `<run>/result.json`."""
-        progress = self.progress
+        progress, occupancy = self.progress, self.model.tables.occupancy()
         is_done = progress.position.epoch >= self.config.train.epochs
         result = {
             "run": self.config.run,
@@ -331,7 +340,7 @@ class _Run:
             "seconds": progress.seconds,
             "workers": self.place.world_size,
             "items": self.model.num_items,
-            "tables": self.tables,
+            "tables": [one | occupancy.get(one["table"], {}) for one in self.tables or ()],
             "bad_rows": max(progress.bad_rows, self.reader.num_bad),
             "best_epoch": progress.best_epoch + 1 if progress.best_epoch >= 0 else None,
             "best": {self.config.train.metric: progress.best_value} if progress.best_value is not None else {},
@@ -339,6 +348,10 @@ class _Run:
             "peak_rss_bytes": peak_rss_bytes(),
         }
         if self.place.is_first:
+            for table, one in occupancy.items():
+                rows = f"{one['occupied']:,} of {self.model.tables.specs[table].rows - 1:,} rows have a key"
+                text = f"table {table}: {rows}; {one['admitted']:,} keys got one so far, {one['evicted']:,} lost it"
+                report({"kind": "note", "text": text})
             write_json(Path(self.config.run) / "result.json", result)
         return result
 

@@ -113,17 +113,21 @@ def _check_table(config: Config, name: str, chosen: TableSettings) -> None:
     shares = map not in ("auto", "exact")
     idle = {
         "rows": not shares,
-        "compression": not shares,
+        "compression": not shares or map == "dynamic",
         "head": map != "head_tail",
         "hashes": map not in ("hashed", "head_tail"),
         "learned_weights": map not in ("hashed", "head_tail"),
         "combine": map != "quotient_remainder",
+        "admission": map != "dynamic",
+        "eviction": map != "dynamic",
     }
     for setting, without_effect in idle.items():
         if without_effect and getattr(chosen, setting) != getattr(_DEFAULTS, setting):
             raise SettingError(f"{path}.{setting}", f"has no effect with map = {map}: leave it out, or change the map")
     if chosen.rows and chosen.compression:
         raise SettingError(f"{path}.compression", "and rows both say how large the table is: leave one out")
+    if map == "dynamic":
+        _check_dynamic(config, path, name, chosen)
     if shares and not chosen.rows and chosen.compression <= 1.0:
         raise SettingError(f"{path}.compression", f"map = {map} needs rows, or a compression of more than 1")
     if map == "head_tail" and not 0.0 < chosen.head < 1.0:
@@ -134,7 +138,7 @@ def _check_table(config: Config, name: str, chosen: TableSettings) -> None:
         raise SettingError(
             f"{path}.learned_weights", "is for two_tower: item2vec adds up what its threads have changed of vectors"
         )
-    if not chosen.vocabulary:
+    if not chosen.lists_keys and map != "dynamic":
         _check_without_vocabulary(path, name, chosen)
     if chosen.vectors and shares:
         raise SettingError(f"{path}.vectors", f"need a row for every key, and with map = {map} keys share rows")
@@ -148,6 +152,26 @@ def _check_table(config: Config, name: str, chosen: TableSettings) -> None:
         raise SettingError(
             f"{path}.dim",
             "without hidden layers a tower adds its inputs up, which then have model.dim: set model.hidden",
+        )
+
+
+def _check_dynamic(config: Config, path: str, name: str, chosen: TableSettings) -> None:
+    if name != "user" and not name.startswith("query_"):
+        raise SettingError(
+            f"{path}.map",
+            "dynamic is for user and query features: what is ranked must not change while it is trained. Leave rare "
+            "items out by keys.min_count, or let them share rows by map = head_tail",
+        )
+    if config.cluster.uvm_caching:
+        raise SettingError(
+            "cluster.uvm_caching",
+            f"and {path}.map = dynamic exclude each other: its cache would keep rows of former keys",
+        )
+    if chosen.frozen:
+        raise SettingError(f"{path}.frozen", "and map = dynamic exclude each other: rows change their keys")
+    if chosen.rows < 2:
+        raise SettingError(
+            f"{path}.rows", "is needed: at least 2, one for a key and one that keys without a row of their own share"
         )
 
 
@@ -169,6 +193,8 @@ def row_map(chosen: TableSettings, spec: TableSpec, path: str) -> RowMap:
     ids = spec.rows
     if chosen.map in ("auto", "exact"):
         return RowMap.exact(ids)
+    if chosen.map == "dynamic":
+        return RowMap("dynamic", ids, chosen.rows, eviction=chosen.eviction, admission=chosen.admission)
     setting = f"{path}.rows" if chosen.rows else f"{path}.compression"
     factor = 1.0
     if chosen.learned_weights and not chosen.rows:  # compression counts their bytes, too

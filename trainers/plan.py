@@ -26,6 +26,7 @@ from trainers.models import check_model
 GPU_RESERVE = 0.15  # of GPU memory: CUDA's context, towers, activations, fragmentation (TorchRec's own default)
 HOST_RESERVE = 0.05  # of a machine's memory, for the operating system
 PROCESS_BYTES = 750 * 2**20  # of a worker with its libraries, before it has read anything: see benchmark plan_memory
+DYNAMIC_ROW_BYTES = 340  # of ids and counts, copied as training reads ahead, and for sorting them; measured
 RAY_BYTES = 100 * 2**20  # more, of a worker that Ray has started
 _SESSION_ITEMS = 20.0  # of a session, where no profile says how many
 _REUSE = 2  # see trainers.item2vec
@@ -253,7 +254,7 @@ def _collisions(map: RowMap, keys: KeyDistribution) -> dict[str, float] | None:
     lookups: share of the lookups that ask for keys that share rows.
     """
     ids = round(float(keys.sizes.sum()))
-    if map.is_exact or ids >= NUM_IDS:
+    if map.is_exact or map.is_dynamic or ids >= NUM_IDS:
         return None
     found = expected_collisions(dataclasses.replace(map, ids=ids) if map.remainders == 0 else map)
     return {
@@ -283,13 +284,15 @@ def process_bytes(config: Config, keys: Keys, machines: Machines) -> int:
     """Memory of a worker besides the tables: the program, key maps, arrays with an entry per item, sessions read ahead.
 
     A vocabulary has a key and a count of 8 bytes each (of text: 24 and 8), mapped from a file, and a hash table of a
-    power of two slots of 8 bytes, at most 2/3 full.
+    power of two slots of 8 bytes, at most 2/3 full. Which key has which row of a dynamic table every worker knows.
     """
     maps = 0
     for name, ids in keys.num_ids.items():
         chosen = config.tables.get(name)
-        if chosen is None or chosen.vocabulary:
+        if chosen is None or chosen.lists_keys:
             maps += 16 * ids + 8 * (1 << int(1.5 * ids).bit_length())
+        elif chosen.map == "dynamic":
+            maps += DYNAMIC_ROW_BYTES * chosen.rows
     items = keys.num_ids["item"]
     # item2vec: probability, accept and alias of the sampler (8 each), and what subsampling keeps; two_tower: flags
     arrays = items * (28 if config.model.kind == "item2vec" else 1 + 24 * bool(config.model.sampled_negatives))

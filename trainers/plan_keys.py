@@ -59,7 +59,7 @@ def keys_of(config: Config, told: Mapping[str, int], profile: Mapping[str, Any] 
                 found = KeyDistribution.of_counts(np.append(prepared.keys[name].counts, 0)[:ids])
         elif profile is not None and name.startswith("query_"):
             continue  # a column of numbers has no keys
-        elif chosen is not None and not chosen.vocabulary:
+        elif chosen is not None and not chosen.lists_keys:
             ids = NUM_IDS
         else:
             option = {"item": "--items N", "user": "--users N"}.get(name, f"--keys {name}=N")
@@ -75,7 +75,7 @@ def keys_of(config: Config, told: Mapping[str, int], profile: Mapping[str, Any] 
         if found is None and name in columns and ids < NUM_IDS:
             found = KeyDistribution.of_profile(columns[name], ids)
         distributions[name] = found or KeyDistribution.zipf(ids, _EXPONENT)
-        num_ids[name] = NUM_IDS if chosen is not None and not chosen.vocabulary else ids
+        num_ids[name] = NUM_IDS if chosen is not None and not chosen.lists_keys else ids
     items = profile["lengths"]["mean"] if profile is not None else Keys.session_items
     per_session = {name: column["per_session"] for name, column in columns.items()}
     return Keys(num_ids, distributions, items, per_session)

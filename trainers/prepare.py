@@ -144,7 +144,7 @@ def prepare(config: Config, reader: SessionReader, *, is_begun: bool) -> None:
         keys = {"item": Vocabulary.build(items(), min_count=config.keys.min_count, unknown=config.keys.unknown)}
     except DataError as error:
         raise error if error.file else DataError(error.problem, file=config.data.train) from None
-    hashed = {name for name, chosen in config.tables.items() if not chosen.vocabulary}
+    hashed = {name for name, chosen in config.tables.items() if not chosen.lists_keys}
     hashed_keys: dict[str, HashedKeys] = {}
     if config.data.user:
         columns = Columns(items=config.data.items, user=config.data.user, text=config.data.text)
@@ -222,7 +222,7 @@ def _shape(config: Config) -> dict[str, Any]:
     data = {name: getattr(config.data, name) for name in names.split()}
     keys = {"min_count": config.keys.min_count, "unknown": config.keys.unknown}
     shape = {**data, **keys, "seed": config.train.seed, "cases": config.train.validate_cases}
-    hashed = sorted(name for name, chosen in config.tables.items() if not chosen.vocabulary)
+    hashed = sorted(name for name, chosen in config.tables.items() if not chosen.lists_keys)
     if hashed:
         shape["hashed"] = hashed
     return dict(json.loads(json.dumps(shape)))

@@ -44,6 +44,8 @@ def table_report(tables: ModelTables, *, measured: bool = True) -> list[dict[str
                 "head": map.head,
                 "hashes": map.hashes,
                 "weight_rows": map.weight_rows,
+                "eviction": map.eviction if map.is_dynamic else None,
+                "admission": map.admission if map.is_dynamic else None,
                 "dim": spec.dim,
                 "precision": spec.precision,
                 "bytes": sum(table.num_bytes(tables.optimizer) for table in map.tables(spec)),
@@ -65,6 +67,7 @@ def _line(one: dict[str, Any]) -> str:
         "hashed": f"{one['hashes']} hashes",
         "head_tail": f"{one['head']:,} of their own, {one['hashes']} hashes for the others",
         "quotient_remainder": "quotients and remainders",
+        "dynamic": f"{one['eviction']}, from {one['admission']} occurrences on",
     }[one["map"]]
     if one["weight_rows"]:
         how += ", learned weights"

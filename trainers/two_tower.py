@@ -17,7 +17,17 @@ from embedding_service.ragged import Ragged, take_values
 from embedding_service.row_maps import RowMap
 from embedding_service.sharding import MakeTables, ShardedTables
 from embedding_service.tables import Optimizer, TableSpec
-from embedding_service.towers import Encoder, Given, InputRows, Tower, TowerInput, TowerSpec, input_rows, says
+from embedding_service.towers import (
+    Encoder,
+    Given,
+    InputRows,
+    Tower,
+    TowerInput,
+    TowerSpec,
+    input_rows,
+    row_values,
+    says,
+)
 from trainers.contrast import Contrast, ContrastSpec, Pool
 from trainers.examples import PairBatch, PairPlan
 from trainers.features import Feature
@@ -136,8 +146,8 @@ class TwoTower:
         self._learning_rate, self._dense_learning_rate = learning_rate, dense_learning_rate
 
     def plan(self, sessions: Sessions, numbers: tuple[int, ...]) -> PairPlan:
-        """The examples of a window; numbers: (seed, epoch, window)."""
-        return PairPlan(
+        """The examples of a window; numbers: (seed, epoch, window). Dynamic tables learn who is in them."""
+        plan = PairPlan(
             sessions,
             batch_size=self._batch_size,
             kind=self._examples,
@@ -151,6 +161,17 @@ class TwoTower:
             sampler=self.contrast.sampler,
             num_sampled=self.contrast.spec.sampled_negatives,
         )
+        if self.tables.dynamic:
+            seen = np.flatnonzero(plan.has_example)
+            single = sessions.features if sessions.user is None else sessions.features | {"user": sessions.user}
+            ids = {
+                block.vectors: row_values(take_values(single[block.source], seen))
+                for block in self.query_tower.spec.inputs
+                if block.vectors in self.tables.dynamic
+            }
+            _, epoch, window = numbers
+            self.tables.learn(ids, (epoch, window))
+        return plan
 
     def prepare(self, batch: PairBatch, seed: int) -> _Step:
         """Find the batch's candidates and distinct rows, and tell the workers that hold them. A collective call, which

@@ -9,12 +9,17 @@ from torch import Tensor
 
 from cluster.rank import process_group
 from embedding_service.ragged import Ragged
-from embedding_service.towers import Tower, TowerInput, TowerSpec
+from embedding_service.towers import Given, Tower, TowerInput, TowerSpec
 from tests.ranks import run_on_ranks
 from trainers import catalogue
 from trainers.cases import Cases
 from trainers.catalogue import evaluate_model
 from trainers.metrics import METRICS, mean_metrics
+
+
+class _ExactTables:
+    def known(self, name: str, values: Given) -> Given:
+        return values
 
 
 class PlantedModel:
@@ -26,6 +31,7 @@ class PlantedModel:
         self.counts = (np.arange(num_items) < num_items - 3).astype(np.int64)  # training has not seen the last three
         self.items, self.users = random.normal(size=(num_items, 5)), random.normal(size=(9, 5))
 
+    tables = _ExactTables()
     query_tower = Tower(
         TowerSpec((TowerInput("history", "history", "item", 5), TowerInput("user", "user", "user", 5)), 5)
     )
