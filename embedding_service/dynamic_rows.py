@@ -185,7 +185,7 @@ class DynamicRows:
             np.add.at(total, at, counts)
             one[:] = np.minimum(total, MAX_ADMISSION)
             seen = np.minimum(seen, one[at])
-        if waiting[0].sum(dtype=np.int64) * 4 >= waiting.shape[1]:
+        while waiting[0].sum(dtype=np.int64) * 4 >= waiting.shape[1]:
             waiting >>= np.uint8(1)
         return np.where(seen >= self._admission, np.maximum(seen, counts), 0), places
 
