@@ -59,7 +59,7 @@ def _shared(times: int) -> dict[str, list[str]]:
     return found
 
 
-BEST_10X = "head_tail fp16 dim 32 10x"
+BEST_10X = "quotient_remainder fp16 dim 32 10x"
 USERS = "user "  # variants of the users' table begin so
 VARIANTS: dict[str, list[str]] = {"exact": [], **_shared(10), **_shared(2), **_shared(5), **_shared(50)}
 VARIANTS |= {
