@@ -22,7 +22,7 @@ from embedding_service.artifact import Artifact, ArtifactWriter
 from embedding_service.tables import TableSpec
 from tests.ranks import run_on_ranks
 from tests.trainers.runs import small_config, write_sessions
-from trainers import export, export_shards
+from trainers import checkpoint, export, export_shards
 from trainers.checkpoint import CheckpointStore, Progress
 from trainers.evaluate import load_trained
 from trainers.export import export_run
@@ -96,6 +96,46 @@ def test_pieces_add_up_to_the_model(
         for name, rows in trained.items():
             stored = Artifact.open(whole).vectors(name)
             np.testing.assert_allclose(stored.take(np.arange(stored.rows)), rows, atol=1e-6)
+
+
+def test_shared_rows_and_learned_weights_are_made_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of tables whose ids share rows are the checkpoint's rows, the weights as fp32 of their own width."""
+    source = write_sessions(tmp_path / "train.parquet", num_sessions=300)
+    tables: dict[str, Any] = {
+        "item": {"map": "head_tail", "compression": 1.5, "learned_weights": True},
+        "user": {"map": "hashed", "rows": 70, "hashes": 3, "learned_weights": True, "vocabulary": False, "dim": 12},
+    }
+    config = small_config(
+        tmp_path / "run",
+        source,
+        data={"user": "user"},
+        model={"kind": "two_tower", "query": ["history", "user"], "hidden": [12]},
+        train={"epochs": 1},
+        tables=tables,
+    )
+    train(config, on_event=lambda event: None)
+    monkeypatch.setattr(export_shards, "PIECE_ROWS", 50)
+    monkeypatch.setattr(export_shards, "CHUNK_ROWS", 16)
+    version, _ = _export(config, tmp_path / "out", "export.precision=int8")
+    artifact = Artifact.open(version)
+    model = launch(_physical_rows, config_to_dict(config), workers=1, engine="inline", storage=str(tmp_path))
+    for name, precision, atol in (("user", "int8", 0.01), ("weights_user", "fp32", 0.0), ("item", "int8", 0.01)):
+        stored = artifact.vectors(name)
+        assert stored.precision == precision
+        rows = np.array(model[name], np.float32)
+        np.testing.assert_allclose(stored.take(np.arange(stored.rows)), rows, rtol=0.0, atol=atol)
+    assert np.abs(model["weights_user"]).max() > 0
+    assert artifact.vectors("user").dim == 12
+    assert artifact.vectors_by_id("user").rows == 2**62
+
+
+def _physical_rows(settings: dict[str, Any]) -> Any:
+    from cluster.config import config_from_dict
+
+    config = config_from_dict(settings)
+    model, _ = load_trained(config, load_prepared(config.run), current_rank("cpu"), which="best")
+    tables = {name: model.tables.local_shards(name)[0][1].tolist() for name in ("user", "weights_user")}
+    return tables | {"item": model.vectors("item", 0, 120).tolist()}
 
 
 _KILLED = """
@@ -227,6 +267,7 @@ def _save_on_two(settings: dict[str, Any]) -> torch.Tensor:
 
     config = config_from_dict(settings)
     model = build_model(config, load_prepared(config.run), device=torch.device("cpu"), threads=1)
+    checkpoint._PIECE_BYTES = 20 * 8 * 2  # 20 rows: three pieces of each shard
     CheckpointStore(config.run).save(model, Progress(step=999_999), config)
     return model.vectors("item", 0, 120)
 
@@ -251,7 +292,9 @@ def test_a_checkpoint_of_two_shards_is_read_as_one(run: Config, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="its tables cannot be read"):
         StoredTables(folder, [TableSpec("other", 120, 8, 0.0)])
     described = json.loads((folder / "tensors.json").read_text())
-    described["places"] = [place for place in described["places"] if place["chunk_offset"] != [60, 0]]
-    (folder / "tensors.json").write_text(json.dumps(described))
-    with pytest.raises(CheckpointError, match="the shards of table output end at row 60 of 120"):
-        StoredTables(folder, specs)
+    assert len([place for place in described["places"] if place["tensor"] == "tables.weight.output"]) == 6
+    for lost, problem in ((100, "end at row 100 of 120"), (60, "do not follow each other at row 60")):
+        described["places"] = [place for place in described["places"] if place["chunk_offset"] != [lost, 0]]
+        (folder / "tensors.json").write_text(json.dumps(described))
+        with pytest.raises(CheckpointError, match=f"shards of table output {problem}"):
+            StoredTables(folder, specs)
