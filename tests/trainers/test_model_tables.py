@@ -191,6 +191,7 @@ def test_a_report_has_sizes_and_collisions_of_every_table() -> None:
     found = tables(tables=settings)
     report = {one["table"]: one for one in table_report(found)}
     assert sum(one["bytes"] for one in report.values()) == found.num_bytes
+    assert report["item"]["weight_bytes"] == 200 * 64 * 4 == report["item"]["bytes"] - 200 * 4
     assert report["query_country"]["measured"] is None
     item = report["item"]
     assert (item["keys"], item["rows"], item["head"], item["hashes"]) == (10_000, 200, 100, 2)

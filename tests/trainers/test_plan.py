@@ -153,10 +153,7 @@ def test_on_cpu_workers_share_a_machines_memory() -> None:
     assert plan.missing_bytes > (tables - 8 * GIB) // 2
     keys = keys_of(_config(), told, None)
     found = offers(_config(), keys, small)
-    settings = [offer.settings for offer in found]
-    assert ("tables.item.disk=FOLDER", "tables.user.disk=FOLDER") in settings or (
-        "tables.item.disk=FOLDER",
-    ) in settings
+    assert ("tables.item.disk=FOLDER", "tables.user.disk=FOLDER") in [offer.settings for offer in found]
     for offer in found:
         machines = offer.plan.machines
         assert machines.workers_here * (offer.plan.process_bytes + offer.plan.largest_rank_bytes) <= 8 * GIB
