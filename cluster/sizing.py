@@ -62,9 +62,17 @@ def add_sizing(add: Add, add_set: Callable[[argparse.ArgumentParser], None]) -> 
 
 
 def _number(text: str) -> int:
-    if not text.replace("_", "").isdecimal() or int(text) < 1:
+    if (_whole(text) or 0) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0; got {text!r}")
     return int(text)
+
+
+def _whole(text: str) -> int | None:
+    """The number that `text` is, like 5_000; None if it is none."""
+    try:
+        return int(text) if text.replace("_", "").isdecimal() else None
+    except ValueError:  # 1__0, 1_
+        return None
 
 
 def profile(args: Arguments) -> int:
@@ -180,9 +188,9 @@ def _told(args: Arguments) -> dict[str, int]:
     told = {name: number for name, number in (("item", args.items), ("user", args.users)) if number is not None}
     for text in args.keys:
         name, _, number = text.partition("=")
-        if not number.replace("_", "").isdecimal():
+        if (found := _whole(number)) is None:
             raise SettingError("--keys", f"is written NAME=N, like query_city=5000; got {text!r}")
-        told[name] = int(number)
+        told[name] = found
     return told
 
 
@@ -233,7 +241,7 @@ def _table_lines(found: dict[str, Any]) -> list[str]:
     from cluster.console import table
     from cluster.sizes import format_bytes as size
 
-    place = {"fused": "HBM" if found["machines"]["device"] == "cuda" else "host memory"}
+    place = {"fused": "HBM" if found["machines"]["device"] == "cuda" else "host memory", "disk": "mapped into memory"}
     rows = [
         [
             one["name"],
@@ -274,6 +282,8 @@ def _rank_lines(found: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"limit: {size(max(0, limit))} beside {process} for libraries, key maps and sessions")
         lines.append(f"expected resident memory per rank: {size(found['resident_bytes_per_rank'])}")
+        if found["disk_bytes_per_rank"]:
+            lines.append(f"on local disk per rank, not counted above: {size(found['disk_bytes_per_rank'])}")
     return lines
 
 

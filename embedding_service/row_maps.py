@@ -21,7 +21,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,12 @@ class RowMap:
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that do not fit each other."""
+        if self.kind not in get_args(MapKind) or self.eviction not in get_args(Eviction):
+            raise ValueError(f"a row map of kind {self.kind!r} and eviction {self.eviction!r} is not known")
+        if self.remainders < 0 or self.weight_rows < 0 or self.admission < 1:
+            raise ValueError(f"not a row map: {self}")
+        if self.weight_rows and self.kind not in ("hashed", "head_tail"):
+            raise ValueError(f"a map of kind {self.kind} has no learned weights: {self}")
         if not (self.ids >= 1 and self.rows >= 1 and 1 <= self.hashes <= MAX_HASHES and 0 <= self.head < self.rows):
             raise ValueError(f"not a row map: {self}")
         if self.kind == "exact" and self.rows != self.ids:
@@ -150,6 +156,10 @@ class RowMap:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> RowMap:
         """Raises TypeError or ValueError for a mapping that no `to_dict` has written."""
+        kinds: dict[Any, type] = {"int": int, "bool": bool}
+        for field in dataclasses.fields(cls):
+            if field.name in value and type(value[field.name]) is not kinds.get(field.type, str):
+                raise TypeError(f"{field.name} of a row map is {value[field.name]!r}")
         return cls(**value)
 
 
@@ -185,7 +195,8 @@ class Composition:
         device = rows.device
         num = len(self.offsets) - 1
         if not num:
-            return rows.new_zeros(0, rows.shape[1]) + 0.0 * rows.sum()
+            none = rows.new_zeros(0, rows.shape[1]) + 0.0 * rows.sum()  # other ranks wait for both tables' gradients
+            return none if weights is None else none + 0.0 * weights.sum()
         index = self.index.to(device)
         if self.map.product:
             remainder, quotient = rows.index_select(0, index[0::2]), rows.index_select(0, index[1::2])

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
-from embedding_service.sharding import _check_fits_ranks, _Collections, _t, check_kernels, quiet_import
+from cluster.errors import SettingError
+from embedding_service.sharding import (
+    OPTIMIZERS,
+    Collections,
+    check_fits_ranks,
+    check_kernels,
+    quiet_import,
+    torchrec_name,
+)
 from embedding_service.tables import Optimizer, TableSpec
 
 with quiet_import():
@@ -17,7 +24,6 @@ with quiet_import():
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
     from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-    from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 _UNLIMITED = 2**60  # bytes
 
@@ -47,7 +53,8 @@ class TableShards:
     """A table's rows on every rank, and how they are held.
 
     bytes_by_planner: what TorchRec reckons with per rank: weights, optimiser state and what a step sends and receives;
-    with UVM caching those of the cache. uvm_bytes: what then lies in the machine's memory.
+    with UVM caching those of the cache. uvm_bytes: what then lies in the machine's memory. A table on local disk has
+    kernel `disk`, and 0 for both.
     """
 
     rows: tuple[int, ...]
@@ -68,20 +75,20 @@ def plan_shards(
     """Table -> its shards, as `ShardedTables` would lay them out; None if a worker would need more than `budget_bytes`
     (None: there is no limit) of GPU memory, or on CPU of memory.
 
-    rows_per_step: table -> distinct rows that a worker asks for in a step. Nothing of a table's size is allocated.
+    Tables with a `folder` lie on disk, and count nothing. rows_per_step: table -> distinct rows that a worker asks for
+    in a step. Nothing of a table's size is allocated.
     Raises SettingError where workers are so many that some would hold no row.
     """
-    _check_fits_ranks(specs, machines.workers)
+    on_disk = {spec.name: _disk_shards(spec, machines) for spec in specs if spec.folder}
+    specs = [spec for spec in specs if not spec.folder]
+    if not specs:
+        return on_disk
+    check_fits_ranks(specs, machines.workers)
     check_kernels(specs, machines.device)
     limit = _UNLIMITED if budget_bytes is None else max(1, budget_bytes)
     with quiet_import():
-        collection = _Collections(specs)
-        kinds: dict[str, type[torch.optim.Optimizer]] = {
-            "rowwise_adagrad": RowWiseAdagrad,
-            "adagrad": torch.optim.Adagrad,
-            "sgd": torch.optim.SGD,
-        }
-        apply_optimizer_in_backward(kinds[optimizer], collection.parameters(), {"lr": 1.0})
+        collection = Collections(specs)
+        apply_optimizer_in_backward(OPTIMIZERS[optimizer][0], collection.parameters(), {"lr": 1.0})
         planner = EmbeddingShardingPlanner(
             topology=Topology(
                 world_size=machines.workers,
@@ -91,7 +98,7 @@ def plan_shards(
                 ddr_cap=limit if machines.device == "cpu" else _UNLIMITED,
             ),
             constraints={
-                _t(spec.name): ParameterConstraints(
+                torchrec_name(spec.name): ParameterConstraints(
                     sharding_types=["row_wise"],
                     compute_kernels=[spec.kernel],
                     batch_sizes=[max(1, rows_per_step[spec.name])],
@@ -108,8 +115,8 @@ def plan_shards(
             if error.error_type != PlannerErrorType.INSUFFICIENT_STORAGE:
                 raise
             return None
-    name_of = {_t(spec.name): spec.name for spec in specs}
-    return {
+    name_of = {torchrec_name(spec.name): spec.name for spec in specs}
+    return on_disk | {
         name_of[option.name]: TableShards(
             tuple(int(shard.size[0]) for shard in option.shards),
             option.sharding_type,
@@ -119,3 +126,14 @@ def plan_shards(
         )
         for option in planner._best_plan
     }
+
+
+def _disk_shards(spec: TableSpec, machines: Machines) -> TableShards:
+    """As `DiskTable` cuts its rows. Raises SettingError for GPUs, which cannot use such a table."""
+    if machines.device != "cpu":
+        raise SettingError("cluster.device", f"is not cpu, and table {spec.name} lies on disk: leave it in memory")
+    per_rank = -(-spec.rows // machines.workers)
+    starts = [min(spec.rows, per_rank * rank) for rank in range(machines.workers + 1)]
+    rows = tuple(stop - start for start, stop in itertools.pairwise(starts))
+    none = (0,) * machines.workers
+    return TableShards(rows, "row_wise", "disk", none, none)

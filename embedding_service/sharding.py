@@ -63,7 +63,14 @@ with quiet_import():
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 
-def _check_fits_ranks(specs: Sequence[TableSpec], world_size: int) -> None:
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
+    "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
+    "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
+    "sgd": (torch.optim.SGD, {}),
+}
+
+
+def check_fits_ranks(specs: Sequence[TableSpec], world_size: int) -> None:
     """FBGEMM cannot make a rank's tables of no rows at all. Raises SettingError."""
     for dim in {spec.dim for spec in specs}:
         rows = max(spec.rows for spec in specs if spec.dim == dim)
@@ -84,12 +91,12 @@ def _nothing(weights: Tensor) -> None:
     """TorchRec's init_fn: rows are initialised in place, in chunks, after sharding."""
 
 
-def _t(name: str) -> str:
+def torchrec_name(name: str) -> str:
     """TorchRec keeps tables in an nn.ModuleDict, so a table may not be called `items` or `keys`: all get a prefix."""
     return f"t_{name}"
 
 
-class _Collections(nn.Module):
+class Collections(nn.Module):
     """One EmbeddingCollection per dimension: TorchRec wants a collection's tables to have one dimension."""
 
     def __init__(self, specs: Sequence[TableSpec]) -> None:
@@ -100,10 +107,10 @@ class _Collections(nn.Module):
                 device=torch.device("meta"),
                 tables=[
                     EmbeddingConfig(
-                        name=_t(spec.name),
+                        name=torchrec_name(spec.name),
                         embedding_dim=dim,
                         num_embeddings=spec.rows,
-                        feature_names=[_t(spec.name)],
+                        feature_names=[torchrec_name(spec.name)],
                         data_type=DataType.FP16 if spec.precision == "fp16" else DataType.FP32,
                         init_fn=_nothing,
                     )
@@ -140,7 +147,7 @@ class ShardedTables:
         check_names(specs)
         self.specs = {spec.name: spec for spec in specs}
         in_memory = [spec for spec in specs if not spec.folder]
-        _check_fits_ranks(in_memory, dist.get_world_size())
+        check_fits_ranks(in_memory, dist.get_world_size())
         self._seed = seed
         self.optimizer: Optimizer = optimizer
         self.device = device or torch.device("cpu")
@@ -168,16 +175,11 @@ class ShardedTables:
     def _shard(self, specs: Sequence[TableSpec], learning_rate: float) -> DistributedModelParallel:
         """The one place where tables become distributed."""
         check_kernels(specs, self.device.type)
-        collection = _Collections(specs)
-        kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
-            "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
-            "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
-            "sgd": (torch.optim.SGD, {}),
-        }
-        kind, options = kinds[self.optimizer]
+        collection = Collections(specs)
+        kind, options = OPTIMIZERS[self.optimizer]
         apply_optimizer_in_backward(kind, collection.parameters(), {"lr": learning_rate, **options})
         constraints = {
-            _t(spec.name): ParameterConstraints(sharding_types=["row_wise"], compute_kernels=[spec.kernel])
+            torchrec_name(spec.name): ParameterConstraints(sharding_types=["row_wise"], compute_kernels=[spec.kernel])
             for spec in specs
         }
         world = dist.get_world_size()
@@ -258,16 +260,18 @@ class ShardedTables:
             names = [name for name, spec in self.specs.items() if spec.dim == dim]
             asked = [ids.get(name, empty) for name in names]
             features[str(dim)] = KeyedJaggedTensor(
-                keys=[_t(name) for name in names],
+                keys=[torchrec_name(name) for name in names],
                 values=torch.cat(asked).to(self.device),
                 lengths=torch.tensor([len(rows) for rows in asked], dtype=torch.int32, device=self.device),
             )
         assert self._module is not None
         found = self._module(features)
         for name, spec in self.specs.items():
-            if spec.frozen and found[_t(name)].requires_grad:
-                found[_t(name)].register_hook(torch.zeros_like)  # no optimiser here moves a row by a gradient of zero
-        return {name: found[_t(name)] for name in self.specs}
+            if spec.frozen and found[torchrec_name(name)].requires_grad:
+                found[torchrec_name(name)].register_hook(
+                    torch.zeros_like
+                )  # no optimiser here moves a row by a gradient of zero
+        return {name: found[torchrec_name(name)] for name in self.specs}
 
     def lookup_state(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The optimiser's state of rows, as `lookup` gives their weights: table -> float32 [n, width of the state].
@@ -337,7 +341,7 @@ class ShardedTables:
         return state
 
     def _path(self, name: str) -> str:
-        return f"by_dim.{self.specs[name].dim}.embeddings.{_t(name)}.weight"
+        return f"by_dim.{self.specs[name].dim}.embeddings.{torchrec_name(name)}.weight"
 
 
 MakeTables = Callable[

@@ -30,6 +30,7 @@ class VectorFile:
     dim: int
     begin: int = 0  # where the first record of word2vec's formats is
     gap: bool = False  # text: a space ends every line, as word2vec's own program writes it
+    rows: int = 0  # at least; of word2vec's formats, whose first line says so
 
     @classmethod
     def open(cls, path: str | Path) -> VectorFile:
@@ -43,11 +44,12 @@ class VectorFile:
         except OSError as error:
             raise DataError(error.strerror or str(error), file=str(path)) from None
 
-    def chunks(self, key_type: KeyType) -> Iterator[tuple[pa.Array, Float32]]:
-        """(keys: an int64 or large_string array [n], float32 [n, dim]) pairs, in the order of the file.
+    def chunks(self, key_type: KeyType) -> Iterator[tuple[pa.Array, Float32, int]]:
+        """(keys: an int64 or large_string array [n], float32 [n, dim], rows left out), in the order of the file.
 
-        Keys that cannot be of `key_type` are left out. Memory is that of some tens of MiB, whatever the file's size.
-        Raises DataError for rows that are damaged, or not made of numbers.
+        Keys that cannot be of `key_type` are left out, and counted. Memory is that of some tens of MiB, whatever the
+        file's size.
+        Raises DataError for rows that are damaged, missing, or not made of numbers.
         """
         read = {"text": self._text, "binary": self._binary, "parquet": self._parquet}[self.format]
         row = 0
@@ -58,7 +60,12 @@ class VectorFile:
                     "has a nan or infinite number in its vector", file=self.path, row=row + int(bad.argmax())
                 )
             row += len(vectors)
-            yield _typed(keys, vectors, key_type)
+            try:
+                yield _typed(keys, vectors, key_type)
+            except pa.ArrowException as error:
+                raise DataError(f"has keys that cannot be read: {error}", file=self.path) from None
+        if row < self.rows:
+            raise DataError(f"ends after {row:,} of {self.rows:,} rows: the file is cut off", file=self.path)
 
     def _text(self) -> Iterator[tuple[pa.Array, Float32]]:
         names = ["key", *(str(i) for i in range(self.dim)), *["end"] * self.gap]
@@ -99,6 +106,12 @@ class VectorFile:
             raise DataError("ends in the middle of a vector: the file is cut off", file=self.path, row=row)
 
     def _parquet(self) -> Iterator[tuple[pa.Array, Float32]]:
+        try:
+            yield from self._parquet_batches()
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"is not a readable Parquet file: {error}", file=self.path) from None
+
+    def _parquet_batches(self) -> Iterator[tuple[pa.Array, Float32]]:
         row = 0
         with pq.ParquetFile(self.path) as file:
             for batch in file.iter_batches(max(1, _CHUNK_VALUES // self.dim), columns=["key", "vector"]):
@@ -123,18 +136,28 @@ def _parquet_dim(path: str) -> int:
             schema = file.schema_arrow
             if not {"key", "vector"} <= set(schema.names):
                 raise DataError(f"needs the columns `key` and `vector`; it has {', '.join(schema.names)}", file=path)
+            if schema.names.count("key") + schema.names.count("vector") > 2:
+                raise DataError("has a column `key` or `vector` twice", file=path)
+            if not _is_key(schema.field("key").type):
+                raise DataError(f"column `key` is {schema.field('key').type}; expected integers or text", file=path)
             found = schema.field("vector").type
             is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
             if not is_list or not pa.types.is_floating(found.value_type):
                 raise DataError(f"column `vector` is {found}; expected lists of floats", file=path)
-            if pa.types.is_fixed_size_list(found):
+            if pa.types.is_fixed_size_list(found) and found.list_size:
                 return int(found.list_size)
             first = next(file.iter_batches(1, columns=["vector"]), None)
-            if first is None or not first.column(0)[0].is_valid:
+            if first is None or not first.column(0)[0].is_valid or not len(first.column(0)[0]):
                 raise DataError("has no vector in its first row", file=path)
             return len(first.column(0)[0])
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"is not a readable Parquet file: {error}", file=path) from None
+
+
+def _is_key(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    tests = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
+    return any(test(kind) for test in (*tests, pa.types.is_large_binary))
 
 
 def _word2vec(path: str, file: IO[bytes]) -> VectorFile:
@@ -144,13 +167,13 @@ def _word2vec(path: str, file: IO[bytes]) -> VectorFile:
             "is neither Parquet nor word2vec's format, whose first line is the number of rows and the dimension",
             file=path,
         )
-    dim, begin = int(header[1]), file.tell()
+    rows, dim, begin = int(header[0]), int(header[1]), file.tell()
     line = file.readline(64 * (dim + 64))
     parts = line.rstrip(b"\r\n").split(b" ")
     gap = len(parts) == dim + 2 and parts[-1] == b""
     if line.endswith(b"\n") and len(parts) == dim + 1 + gap and all(map(_is_number, parts[1 : dim + 1])):
-        return VectorFile(path, "text", dim, begin, gap)
-    return VectorFile(path, "binary", dim, begin)
+        return VectorFile(path, "text", dim, begin, gap, rows)
+    return VectorFile(path, "binary", dim, begin, rows=rows)
 
 
 def _is_number(text: bytes) -> bool:
@@ -161,19 +184,33 @@ def _is_number(text: bytes) -> bool:
     return True
 
 
-def _typed(keys: pa.Array, vectors: Float32, key_type: KeyType) -> tuple[pa.Array, Float32]:
-    """The rows whose key can be of `key_type`."""
+def _typed(keys: pa.Array, vectors: Float32, key_type: KeyType) -> tuple[pa.Array, Float32, int]:
+    """The rows whose key can be of `key_type`, and how many others there are."""
     if pa.types.is_dictionary(keys.type):
         keys = keys.dictionary_decode()
-    if pa.types.is_large_binary(keys.type):
+    if pa.types.is_large_binary(keys.type) or pa.types.is_binary(keys.type):
         keys = _text_of(keys)
     wanted = pa.int64() if key_type == "int64" else pa.large_string()
     fits = pc.is_valid(keys)
-    if key_type == "int64" and not pa.types.is_integer(keys.type):
-        fits = pc.fill_null(pc.match_substring_regex(keys.cast(pa.large_string()), "^-?[0-9]{1,18}$"), False)
-    if not pc.all(fits).as_py():
+    if key_type == "int64" and pa.types.is_uint64(keys.type):
+        fits = pc.fill_null(pc.less_equal(keys, pa.scalar(2**63 - 1, pa.uint64())), False)
+    elif key_type == "int64" and not pa.types.is_integer(keys.type):
+        fits = _is_int64(keys.cast(pa.large_string()))
+    left_out = len(keys) - int(pc.sum(fits).as_py() or 0)
+    if left_out:
         keys, vectors = keys.filter(fits), vectors[fits.to_numpy(zero_copy_only=False)]
-    return keys.cast(wanted), vectors
+    return keys.cast(wanted), vectors, left_out
+
+
+def _is_int64(texts: pa.Array) -> pa.Array:
+    """Which of `texts` are integers of 64 bits; only those of 19 digits have to be looked at one by one."""
+    short = pc.fill_null(pc.match_substring_regex(texts, "^-?[0-9]{1,18}$"), False)
+    long = pc.fill_null(pc.match_substring_regex(texts, "^-?[0-9]{19}$"), False)
+    if not pc.any(long).as_py():
+        return short
+    known = texts.filter(long).to_pylist()
+    long = pc.replace_with_mask(long, long, pa.array([-(2**63) <= int(text) < 2**63 for text in known]))
+    return pc.or_(short, long)
 
 
 def _text_of(keys: pa.Array) -> pa.Array:

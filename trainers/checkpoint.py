@@ -268,7 +268,7 @@ def check_same_run(before: Mapping[str, Any], config: Config, where: Path) -> No
     changed = [
         f"{path} was {was!r} and is now {now!r}"
         for path, (was, now) in sorted(before_after.items())
-        if was != now and not _is_free(path)
+        if was != now and not _is_free(path) and not _is_moved(path, was, now, config)
     ]
     if changed:
         raise CheckpointError(
@@ -278,7 +278,15 @@ def check_same_run(before: Mapping[str, Any], config: Config, where: Path) -> No
 
 
 def _is_free(path: str) -> bool:
-    return path.startswith(_FREE) or (path.startswith("tables.") and path.endswith(".disk"))
+    return path.startswith(_FREE)
+
+
+def _is_moved(path: str, was: Any, now: Any, config: Config) -> bool:
+    """Whether only a table's place changes: with `keys.budget`, which counts memory, a move to or from disk changes
+    what the other tables share.
+    """
+    is_place = path.startswith("tables.") and path.endswith(".disk")
+    return is_place and (not config.keys.budget or bool(was) == bool(now))
 
 
 def _default(path: str) -> Any:
@@ -319,7 +327,7 @@ def _load(model: Model, folder: Path) -> None:
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         )
     except (CheckpointException, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {folder} does not fit the model: {error}") from None
+        raise CheckpointError(f"checkpoint {folder} does not fit the model: {_reason(error)}") from None
 
 
 def load_dense(model: Model, folder: Path) -> None:
@@ -336,7 +344,19 @@ def load_dense(model: Model, folder: Path) -> None:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is asked for
                 load(weights, storage_reader=_JsonReader(folder), no_dist=True)
     except (CheckpointException, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {folder} does not fit the model: {error}") from None
+        raise CheckpointError(f"checkpoint {folder} does not fit the model: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in a line, without torch's tracebacks: of the first rank that failed."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        return f"rank {rank}: {_first_line(error)}"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _describe(file: Path) -> dict[str, Any]:

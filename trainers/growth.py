@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.config import Config, TableSettings, load_config
+from cluster.config import Config, load_config
 from cluster.errors import CheckpointError, DataError, SettingError
 from cluster.rank import Rank
 from embedding_service.hashed_keys import HashedKeys, KeyMap
@@ -21,8 +21,8 @@ from embedding_service.row_maps import RowMap, weight_table
 from embedding_service.sharding import ShardedTables
 from embedding_service.tables import TableSpec, deduplicate
 from trainers.checkpoint import CheckpointStore
-from trainers.model_tables import key_map_of, model_tables
-from trainers.models import Model, build_model
+from trainers.model_tables import key_map_of
+from trainers.models import Model, build_model, tables_of
 from trainers.prepare import Prepared, load_prepared
 from trainers.start import Start
 
@@ -69,15 +69,12 @@ def _load(config: Config, place: Rank, folder: str) -> tuple[Model, Prepared]:
             "train.grow", f"{run} is a model of kind {before.model.kind}, this one is {config.model.kind}"
         )
     prepared = load_prepared(run)
-    if folder:
-        specs = model_tables(before, {name: keys.num_rows for name, keys in prepared.key_maps.items()}).specs
-        named = {key_map_of(spec.name) for spec in specs}
-        moved = {name: replace(before.tables.get(name, TableSettings()), disk=folder) for name in named}
-        before = replace(before, tables=moved)
     store = CheckpointStore(run)
     if not store.names():
         raise CheckpointError(f"{run} has no checkpoint yet, and train.grow names it")
-    model = build_model(before, prepared, device=place.device, threads=1)
+    tables = tables_of(before, prepared)  # its maps are those that it was trained with, wherever the tables lie now
+    tables = replace(tables, specs=tuple(replace(spec, folder=folder, kernel="fused") for spec in tables.specs))
+    model = build_model(before, prepared, device=place.device, threads=1, tables=tables)
     store.resume(model, before)
     return model, prepared
 
@@ -269,6 +266,10 @@ def _equal_keys(old: KeyMap, new: KeyMap) -> bool:
 def _take_over_towers(old: Model, new: Model) -> None:
     """The weights of the towers and their optimiser's moments. Raises SettingError for towers of another shape."""
     before = dict(old.dense.named_parameters())
+    if left_over := sorted(before.keys() - dict(new.dense.named_parameters()).keys()):
+        raise SettingError(
+            "train.grow", f"names a run whose towers are others: this model has no {', '.join(left_over)}"
+        )
     for name, weight in new.dense.named_parameters():
         if name not in before or before[name].shape != weight.shape:
             raise SettingError("train.grow", f"names a run whose towers are others: {name} does not fit this model")

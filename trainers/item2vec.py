@@ -31,7 +31,9 @@ from trainers.prepare import Sessions
 from trainers.row_runs import RowRuns
 
 _TABLES = {"input": "input", "item": "output"}  # vector set of the artifact -> table
-_REUSE = 2  # how often a drawn negative is used in a block, on average; with 8, eight workers disagree about them
+NEGATIVE_REUSE = (
+    2  # how often a drawn negative is used in a block, on average; with 8, eight workers disagree about them
+)
 _SAMPLE = 2048  # rows that a second moment is estimated from
 
 
@@ -149,7 +151,7 @@ class Item2Vec:
 
     def _part(self, items: Ragged, seed: int) -> tuple[_Part, np.ndarray, int]:
         """(the part, its distinct rows, how many of them, the first, are of its tokens)."""
-        num = -(-len(items.values) * self._num_negatives // _REUSE)
+        num = -(-len(items.values) * self._num_negatives // NEGATIVE_REUSE)
         rows, index = deduplicate({"tokens": items.values, "negatives": self._sampler.draw(num, seed)})
         tokens, negatives = (np.ascontiguousarray(index[name]) for name in ("tokens", "negatives"))
         nowhere = np.empty(0, np.int64)

@@ -25,7 +25,7 @@ from trainers.checkpoint import CheckpointStore, Position, Progress, check_same_
 from trainers.evictions import EvictionLog
 from trainers.growth import check_grow, grow
 from trainers.metrics import parse_metric
-from trainers.model_tables import table_warnings
+from trainers.model_tables import check_disks, table_warnings
 from trainers.models import Model, Step, build_model, check_model, tables_of
 from trainers.objectives import schedule
 from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, prepare
@@ -46,12 +46,15 @@ def train(config: Config, *, fresh: bool = False, on_event: Listener | None = No
     """
     parse_metric(config.train.metric)
     check_model(config)
-    check_grow(config)
+    store = CheckpointStore(config.run)
+    if fresh or not store.names():  # a run that has begun has no need of the old one
+        check_grow(config)
+    if not config.cluster.address:
+        check_disks(config)
     open_reader(config)  # a mistake in the data is told before anything is removed or started
     run = Path(config.run)
     if run.exists() and not run.is_dir():
         raise SettingError("run", f"{run} is a file; name a folder")
-    store = CheckpointStore(run)
     if fresh:
         for name in ("checkpoints", "prepared", "tensorboard"):
             remove_folder(run / name)
@@ -92,6 +95,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """
     config = config_from_dict(settings)
     place = current_rank(config.cluster.device)
+    check_disks(config)  # of a worker, which may be on another machine than the driver
     torch.set_flush_denormal(True)  # a softmax of cosines is full of numbers too small to matter, and slow to multiply
     reader = open_reader(config)
     store = CheckpointStore(config.run, keep=config.train.keep_checkpoints)
@@ -129,6 +133,9 @@ def _start_tables(config: Config, prepared: Prepared, model: Model, place: Rank)
     if starts and place.is_first:
         for start in starts:
             report({"kind": "note", "text": start.text()})
+            if start.new and model.tables.specs[start.table].frozen:
+                text = f"table {start.table} is frozen, and {start.new:,} of its keys stay as random as they begin"
+                report({"kind": "note", "text": f"warning: {text}"})
         write_json(Path(config.run) / "start.json", [asdict(start) for start in starts])
 
 

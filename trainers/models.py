@@ -196,15 +196,17 @@ def build_model(
     device: torch.device,
     threads: int,
     make_tables: MakeTables = ShardedTables,
+    tables: ModelTables | None = None,
 ) -> Model:
     """The model that `config` describes, with new tables. A collective call. Raises SettingError.
 
-    make_tables: `ShardedTables`, or what else looks rows up, which takes the same arguments.
+    make_tables: `ShardedTables`, or what else looks rows up, which takes the same arguments. tables: those of the model
+    where they lie elsewhere than `config` says; None: as it says.
     """
     check_model(config)
     model, train = config.model, config.train
     counts = item_counts(prepared.keys["item"])
-    tables = tables_of(config, prepared)
+    tables = tables or tables_of(config, prepared)
     if model.kind == "item2vec":
         return Item2Vec(
             counts,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ from embedding_service.hashed_keys import NUM_IDS
 from embedding_service.row_maps import RowMap, weight_table
 from embedding_service.shard_plan import Machines, TableShards, plan_shards
 from embedding_service.tables import TableSpec
+from trainers.item2vec import NEGATIVE_REUSE
 from trainers.key_distribution import KeyDistribution, rows_of_step
-from trainers.model_tables import ModelTables, model_tables
+from trainers.model_tables import key_map_of, model_tables, table_warnings
 from trainers.models import check_model
 
 GPU_RESERVE = 0.15  # of GPU memory: CUDA's context, towers, activations, fragmentation (TorchRec's own default)
@@ -29,15 +30,6 @@ PROCESS_BYTES = 750 * 2**20  # of a worker with its libraries, before it has rea
 DYNAMIC_ROW_BYTES = 340  # of ids and counts, copied as training reads ahead, and for sorting them; measured
 RAY_BYTES = 100 * 2**20  # more, of a worker that Ray has started
 _SESSION_ITEMS = 20.0  # of a session, where no profile says how many
-_REUSE = 2  # see trainers.item2vec
-
-# Share of the exact table's Recall@20 that remains where ITEMS share rows: Gowalla, id towers, by how many times fewer
-# rows, from tests/benchmarks/hash_quality.py and the sketch before it.
-_MEASURED = {
-    "head_tail": "head + tail kept 91 % of Recall@20 with 2x fewer rows and 62 % with 10x fewer",
-    "hashed": "two hashes kept 50 % of Recall@20 with 10x fewer rows, one hash 4 %",
-    "quotient_remainder": "it is not measured for this map; head + tail kept 91 % of Recall@20 with 2x fewer rows",
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,9 @@ class TablePlan:
     optimizer_bytes: tuple[int, ...]
     rows_per_step: int
     buffer_bytes: int
-    held_bytes: tuple[int, ...]  # by rank, of what the limit is for: all of these, or the cache on the GPU
+    held_bytes: tuple[
+        int, ...
+    ]  # by rank, of what the limit is for: all of these, the cache on the GPU, or on disk none
     exchange_bytes: int
     collisions: dict[str, float] | None
     distribution: str
@@ -108,6 +102,15 @@ class Plan:
         return max(sum(one.shards.uvm_bytes[rank] for one in self.tables) for rank in range(self.machines.workers))
 
     @property
+    def disk_bytes(self) -> int:
+        """Of the fullest rank's tables, on its machine's disk because of `tables.NAME.disk`."""
+        on_disk = [one for one in self.tables if one.shards.kernel == "disk"]
+        return max(
+            sum(one.weight_bytes[rank] + one.optimizer_bytes[rank] for one in on_disk)
+            for rank in range(self.machines.workers)
+        )
+
+    @property
     def largest_rank_bytes(self) -> int:
         return max(self.rank_bytes(rank) for rank in range(self.machines.workers))
 
@@ -135,6 +138,7 @@ class Plan:
             "table_limit_bytes_per_rank": self.table_limit_bytes,
             "process_bytes_per_rank": self.process_bytes,
             "uvm_bytes_per_rank": self.uvm_bytes,
+            "disk_bytes_per_rank": self.disk_bytes,
             "resident_bytes_per_rank": self.process_bytes
             + (self.largest_rank_bytes if self.machines.device == "cpu" else 0),
             "weight_bytes": sum(sum(one.weight_bytes) for one in self.tables),
@@ -155,7 +159,7 @@ def make_plan(config: Config, keys: Keys, machines: Machines) -> Plan:
     tables = model_tables(config, keys.num_ids)
     draws = _draws_of_step(config, keys)
     specs = tables.physical
-    known = {spec.name: keys.distributions[_key_map(spec.name)] for spec in tables.specs}
+    known = {spec.name: keys.distributions[key_map_of(spec.name)] for spec in tables.specs}
     asked: dict[str, int] = {}
     for spec in tables.specs:
         map = tables.maps[spec.name]
@@ -186,11 +190,13 @@ def make_plan(config: Config, keys: Keys, machines: Machines) -> Plan:
         weights = tuple(spec.weight_bytes(rows) for rows in one.rows)
         state = tuple(spec.state_bytes(tables.optimizer, rows) for rows in one.rows)
         buffer = buffers[spec.name]
-        if spec.kernel != "fused":
+        if one.kernel == "disk":
+            held = (buffer,) * machines.workers
+        elif spec.kernel != "fused":
             held = one.bytes_by_planner
         elif machines.device == "cuda":
             buffer = max(buffer, *(b - w - o for b, w, o in zip(one.bytes_by_planner, weights, state, strict=True)))
-        if spec.kernel == "fused":
+        if one.kernel == "fused":
             held = tuple(w + o + buffer for w, o in zip(weights, state, strict=True))
         plans.append(
             TablePlan(
@@ -210,7 +216,7 @@ def make_plan(config: Config, keys: Keys, machines: Machines) -> Plan:
     plan = Plan(machines, tuple(plans), process, limit, fits, ())
     on_host = machines.workers_here * (process + plan.uvm_bytes)
     host_fits = machines.device == "cpu" or on_host <= machines.host_bytes * (1.0 - HOST_RESERVE)
-    warnings = list(_warnings(tables))
+    warnings = list(table_warnings(tables))
     if not host_fits:
         warnings.append(
             f"key maps, sessions and UVM tables take {format_bytes(on_host)} of a machine's memory, which has "
@@ -220,16 +226,12 @@ def make_plan(config: Config, keys: Keys, machines: Machines) -> Plan:
     return dataclasses.replace(plan, fits=fits and plan.missing_bytes == 0 and host_fits, warnings=tuple(warnings))
 
 
-def _key_map(table: str) -> str:
-    return "item" if table in ("input", "output", "history") else table
-
-
 def _draws_of_step(config: Config, keys: Keys) -> dict[str, list[tuple[KeyDistribution, float]]]:
     """Table -> from which distributions, and how often, a worker's step draws ids of it."""
     model, batch = config.model, float(config.train.batch_size)
     item = keys.distributions["item"]
     if model.kind == "item2vec":
-        negatives = -(-batch * model.negatives // _REUSE)
+        negatives = -(-batch * model.negatives // NEGATIVE_REUSE)
         return {"input": [(item, batch)], "output": [(item, batch), (item.power(model.negative_exponent), negatives)]}
     length = min(float(model.history_length or 10**9), keys.session_items)
     history = batch * (length if "history" in model.query else 1.0 if "last_item" in model.query else 0.0)
@@ -294,20 +296,9 @@ def process_bytes(config: Config, keys: Keys, machines: Machines) -> int:
         elif chosen.map == "dynamic":
             maps += DYNAMIC_ROW_BYTES * chosen.rows
     items = keys.num_ids["item"]
-    # item2vec: probability, accept and alias of the sampler (8 each), and what subsampling keeps; two_tower: flags
-    arrays = items * (28 if config.model.kind == "item2vec" else 1 + 24 * bool(config.model.sampled_negatives))
+    # of two_tower: flags; counts and what follows from them are runs, of which even a billion items have few
+    arrays = items * (config.model.kind == "two_tower")
     copies = 2 * items * config.model.dim * 4 if config.model.mined_negatives else 0
     sessions = int(3 * config.data.shuffle_sessions * (16 + 8 * keys.session_items))
     on_ray = machines.workers > 1 or config.cluster.engine == "ray"
     return PROCESS_BYTES + RAY_BYTES * on_ray + maps + arrays + copies + sessions
-
-
-def _warnings(tables: ModelTables) -> Iterator[str]:
-    for spec in tables.specs:
-        map = tables.maps[spec.name]
-        if not map.is_exact and spec.name in ("item", "output"):
-            yield (
-                f"the candidates of table {spec.name} share rows, {map.ids:,} keys in {map.rows:,} "
-                f"({map.ids / map.rows:.3g}x fewer), and ranking suffers from that: on Gowalla {_MEASURED[map.kind]}; "
-                "share the rows of users and features first"
-            )

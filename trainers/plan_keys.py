@@ -57,16 +57,18 @@ def keys_of(config: Config, told: Mapping[str, int], profile: Mapping[str, Any] 
             ids = prepared.key_maps[name].num_rows
             if name in prepared.keys:
                 found = KeyDistribution.of_counts(np.append(prepared.keys[name].counts, 0)[:ids])
-        elif profile is not None and name.startswith("query_"):
+        elif profile is not None and name in profile.get("numbers", ()):
             continue  # a column of numbers has no keys
         elif chosen is not None and not chosen.lists_keys:
             ids = NUM_IDS
         else:
             option = {"item": "--items N", "user": "--users N"}.get(name, f"--keys {name}=N")
+            missing = " (the profile has no such column)" if profile is not None else ""
+            numbers = ", N = 0 for a column of numbers" if name.startswith("query_") else ""
             raise SettingError(
                 option,
-                f"how many keys {name} has is not known: say so, or name a profile (`lexshard profile SESSIONS "
-                "--output FILE`, then --profile FILE)",
+                f"how many keys {name} has is not known{missing}: say so{numbers}, or name a profile (`lexshard "
+                "profile SESSIONS --output FILE`, then --profile FILE)",
             )
         if ids == 0:
             continue
@@ -90,6 +92,8 @@ def read_profile(path: str) -> dict[str, Any]:
         for column in found["columns"].values():
             if not (column["coverage"] and column["min_count"]):
                 raise ValueError("a column has no keys")
+        if not all(isinstance(name, str) for name in found.get("numbers", [])):  # which older profiles do not have
+            raise ValueError("numbers are not names of columns")
         return {**found, "lengths": {"mean": float(found["lengths"]["mean"])}}
     except FileNotFoundError:
         raise DataError(

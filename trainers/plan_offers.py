@@ -9,6 +9,7 @@ from typing import Any
 from cluster.config import Config, config_from_dict, config_to_dict
 from cluster.errors import SettingError
 from embedding_service.shard_plan import Machines
+from trainers.model_tables import key_map_of
 from trainers.plan import Keys, Plan, make_plan
 
 
@@ -34,7 +35,7 @@ class Offer:
 
 def offers(config: Config, keys: Keys, machines: Machines) -> list[Offer]:
     """Changes of one thing each (or of precision and one more) with which the tables fit, the smallest first: fp16,
-    more workers, UVM caching, keys that share rows, smaller vectors.
+    more workers, UVM caching, tables on local disk, keys that share rows, smaller vectors.
     """
     found: list[Offer] = []
     half = ("model.precision=fp16",)
@@ -46,6 +47,7 @@ def offers(config: Config, keys: Keys, machines: Machines) -> list[Offer]:
         for offer in (
             _more_workers(config, keys, machines, settings, also),
             _uvm_caching(config, keys, machines, settings, also),
+            _on_disk(config, keys, machines, settings, also),
             _shared_rows(config, keys, machines, settings, also),
             _smaller_dim(config, keys, machines, settings, also),
         ):
@@ -95,6 +97,25 @@ def _uvm_caching(config: Config, keys: Keys, machines: Machines, settings: tuple
     return _offer(change, config, keys, machines, (*settings, "cluster.uvm_caching=true"))
 
 
+def _on_disk(config: Config, keys: Keys, machines: Machines, settings: tuple[str, ...], also: str) -> Offer | None:
+    """The fewest tables, the largest first, on the machines' own disks, in a folder that is the user's to name."""
+    if machines.device != "cpu":
+        return None
+    sizes: dict[str, int] = {}
+    for one in make_plan(with_settings(config, settings), keys, machines).tables:
+        if one.map is not None and one.shards.kernel != "disk":
+            name = key_map_of(one.spec.name)
+            sizes[name] = sizes.get(name, 0) + sum(one.weight_bytes) + sum(one.optimizer_bytes)
+    moved: list[str] = []
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        moved.append(name)
+        change = f"{also}{', '.join(moved)} on local disk, mapped into memory (slower)"
+        on_disk = (*settings, *(f"tables.{one}.disk=FOLDER" for one in moved))
+        if (offer := _offer(change, config, keys, machines, on_disk)) is not None:
+            return offer
+    return None
+
+
 def _shared_rows(config: Config, keys: Keys, machines: Machines, settings: tuple[str, ...], also: str) -> Offer | None:
     """The largest `keys.budget` that fits: key maps that are `auto` then share rows."""
     changed = with_settings(config, settings)
@@ -131,10 +152,13 @@ def _smaller_dim(config: Config, keys: Keys, machines: Machines, settings: tuple
 
 
 def with_settings(config: Config, settings: tuple[str, ...]) -> Config:
-    """`config` with `section.name=value` changed, as `--set` does. Raises SettingError."""
+    """`config` with `section.name=value` or `tables.NAME.name=value` changed, as `--set` does. Raises SettingError."""
     tree = config_to_dict(config)
     for setting in settings:
         path, _, value = setting.partition("=")
-        section, name = path.split(".")
-        tree[section][name] = True if value == "true" else int(value) if value.isdecimal() else value
+        *sections, name = path.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = True if value == "true" else int(value) if value.isdecimal() else value
     return config_from_dict(tree)

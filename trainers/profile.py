@@ -34,6 +34,7 @@ class PartProfile:
         self.num_sessions = 0
         self.num_bad = 0
         self.keys: dict[str, KeySketch] = {}  # item, user, query_<feature>
+        self.numbers: set[str] = set()  # query_<feature> that hold numbers, and so have no keys
         self._lengths = ds.kll_ints_sketch(_LENGTHS_K)
 
     def add(self, batch: SessionBatch) -> None:
@@ -48,6 +49,7 @@ class PartProfile:
         for name, column in columns.items():
             keys = _keys_of(column)
             if keys is None:
+                self.numbers.add(name)
                 continue
             if name not in self.keys:
                 self.keys[name] = KeySketch.of(keys)
@@ -58,6 +60,7 @@ class PartProfile:
         self.num_sessions += other.num_sessions
         self.num_bad += other.num_bad
         self._lengths.merge(other._lengths)
+        self.numbers |= other.numbers
         for name, sketch in other.keys.items():
             if name not in self.keys:
                 self.keys[name] = KeySketch(sketch.key_type)
@@ -69,6 +72,7 @@ class PartProfile:
             "sessions": self.num_sessions,
             "bad": self.num_bad,
             "lengths": base64.b64encode(self._lengths.serialize()).decode(),
+            "numbers": sorted(self.numbers),
             "keys": {name: sketch.state() for name, sketch in self.keys.items()},
         }
 
@@ -76,6 +80,7 @@ class PartProfile:
     def from_state(cls, state: dict[str, Any]) -> PartProfile:
         part = cls()
         part.num_sessions, part.num_bad = state["sessions"], state["bad"]
+        part.numbers = set(state["numbers"])
         part._lengths = ds.kll_ints_sketch.deserialize(base64.b64decode(state["lengths"]))
         part.keys = {name: KeySketch.from_state(keys) for name, keys in state["keys"].items()}
         return part
@@ -101,6 +106,7 @@ class PartProfile:
                 name: {**sketch.summary().to_dict(), "per_session": sketch.num_keys / self.num_sessions}
                 for name, sketch in self.keys.items()
             },
+            "numbers": sorted(self.numbers),
         }
 
 

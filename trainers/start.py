@@ -61,10 +61,10 @@ def _start_from_file(path: str, name: str, keys: Vocabulary, model: Model) -> St
         raise SettingError(setting, f"need a row for every key, which table {name} has not within keys.budget")
     rows = Rows(model.tables.physical, name)
     unused = 0
-    for found, vectors in file.chunks(keys.key_type):
+    for found, vectors, left_out in file.chunks(keys.key_type):
         places = keys.rows(found)
         is_known = (places >= 0) & (places < len(keys.keys))
-        unused += int((~is_known).sum())
+        unused += int((~is_known).sum()) + left_out
         rows.put(places[is_known], vectors[is_known])
     known = rows.num_put()
     if not known:

@@ -18,10 +18,11 @@ _COUNTED_IDS = 20_000_000  # counting takes some 24 bytes for each
 
 def table_report(tables: ModelTables, *, measured: bool = True) -> list[dict[str, Any]]:
     """One entry for every table that holds embeddings, its learned weights included: {"table", "map", "keys", "rows",
-    "dim", "precision", "bytes", "exact_bytes", "expected", "measured"}.
+    "dim", "precision", "weight_bytes", "bytes", "exact_bytes", "expected", "measured"}.
 
-    bytes: of weights and optimiser state. expected, measured: `Collisions` as a mapping; None where there are none, or
-    the number of keys is not known, or too large to be counted (or not `measured`).
+    weight_bytes: of embeddings and learned weights; bytes: with optimiser state. expected, measured: `Collisions` as a
+    mapping; None where there are none, or the number of keys is not known, or too large to be counted (or not
+    `measured`).
     """
     report = []
     known: dict[RowMap, Any] = {}
@@ -48,6 +49,7 @@ def table_report(tables: ModelTables, *, measured: bool = True) -> list[dict[str
                 "admission": map.admission if map.is_dynamic else None,
                 "dim": spec.dim,
                 "precision": spec.precision,
+                "weight_bytes": sum(table.weight_bytes(table.rows) for table in map.tables(spec)),
                 "bytes": sum(table.num_bytes(tables.optimizer) for table in map.tables(spec)),
                 "exact_bytes": None if hashed else spec.num_bytes(tables.optimizer),
                 "expected": expected,

@@ -10,7 +10,7 @@ from cluster.rank import process_group
 from embedding_service.hashing import stable_hash
 from embedding_service.mapped_tables import MappedTables
 from embedding_service.mapped_vectors import MappedVectors
-from embedding_service.row_maps import RowMap, physical_tables
+from embedding_service.row_maps import Composition, RowMap, physical_tables
 from embedding_service.tables import Optimizer, Precision, TableSpec
 from embedding_service.vectors import VectorSet
 from tests.ranks import run_on_ranks
@@ -193,3 +193,33 @@ def test_three_ranks_train_the_vectors_of_one() -> None:
         for name, vectors in rank.items():
             tolerance = 5e-3 if name.endswith("fp16") else 1e-5
             torch.testing.assert_close(vectors, one[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"kind": "magic"},
+        {"weight_rows": -1},
+        {"eviction": "never"},
+        {"rows": "100"},
+        {"rows": 100.0},
+        {"product": 1},
+        {"kind": "quotient_remainder", "rows": 1000, "remainders": 0, "weight_rows": 5},
+    ],
+)
+def test_what_no_map_was_written_as_is_refused(bad: dict[str, object]) -> None:
+    known = MAPS["head and tail"].to_dict()
+    assert RowMap.from_dict(known) == MAPS["head and tail"]
+    with pytest.raises((TypeError, ValueError), match=r"row map|learned weights"):
+        RowMap.from_dict(known | bad)
+
+
+def test_a_rank_that_asks_for_nothing_has_gradients_of_both_tables() -> None:
+    """The other ranks wait for them: without one their exchange would never end."""
+    none = torch.zeros(0, dtype=torch.int64)
+    rows = torch.zeros(0, DIM, requires_grad=True)
+    weights = torch.zeros(0, 4, requires_grad=True)
+    composition = Composition(MAPS["weights"], none, torch.zeros(1, dtype=torch.int64), torch.zeros(0), none)
+    composition.vectors(rows, weights).sum().backward()  # type: ignore[no-untyped-call]
+    assert rows.grad is not None
+    assert weights.grad is not None

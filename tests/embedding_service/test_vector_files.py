@@ -37,7 +37,7 @@ def write(path: Path, keys: Vocabulary, form: str) -> Path:
 
 def read(path: Path, key_type: Any = "string") -> dict[Any, list[float]]:
     found: dict[Any, list[float]] = {}
-    for keys, vectors in VectorFile.open(path).chunks(key_type):
+    for keys, vectors, _ in VectorFile.open(path).chunks(key_type):
         assert len(keys) == len(vectors)
         found |= zip(keys.to_pylist(), vectors.tolist(), strict=True)
     return found
@@ -74,6 +74,28 @@ def test_keys_that_no_vocabulary_can_have_are_left_out(tmp_path: Path) -> None:
     assert read(path, "string") == {"12": [1.0], "x": [2.0], "-7": [4.0]}
 
 
+def test_keys_of_19_digits_are_read_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    most, least = 2**63 - 1, -(2**63)
+    path = tmp_path / "text"
+    path.write_text(f"5 1\n{most} 1\n{least} 2\n{most + 1} 3\nx 4\n12345678901234567890 5\n")
+    ((keys, vectors, left_out),) = VectorFile.open(path).chunks("int64")
+    assert (keys.to_pylist(), vectors.tolist(), left_out) == ([most, least], [[1.0], [2.0]], 3)
+    unsigned = pa.table({"key": pa.array([7, 2**63], pa.uint64()), "vector": [[1.0], [2.0]]})
+    pq.write_table(unsigned, tmp_path / "parquet")
+    ((keys, vectors, left_out),) = VectorFile.open(tmp_path / "parquet").chunks("int64")
+    assert (keys.to_pylist(), vectors.tolist(), left_out) == ([7], [[1.0]], 1)
+
+
+def test_a_damaged_parquet_page_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "vectors", keys_of("int64"), "parquet")
+    content = bytearray(path.read_bytes())
+    content[8:2000] = bytes(1992)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is not a readable Parquet file") as error:
+        read(path, "int64")
+    assert str(path) in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
@@ -83,6 +105,8 @@ def test_keys_that_no_vocabulary_can_have_are_left_out(tmp_path: Path) -> None:
         (b"2 2\na 1 2\nb 1 x\n", "not word2vec's text format throughout"),
         (b"2 2\na 1 2\nb 1 nan\n", "row 1: has a nan or infinite"),
         (b"2 2\na " + bytes(8) + b"b " + bytes(7), "row 1: ends in the middle of a vector"),
+        (b"3 2\na " + bytes(8) + b"b " + bytes(8), "ends after 2 of 3 rows"),
+        (b"3 2\na 1 2\nb 1 2\n", "ends after 2 of 3 rows"),
     ],
 )
 def test_damage_is_told(tmp_path: Path, content: bytes, problem: str) -> None:
@@ -100,6 +124,9 @@ def test_damage_is_told(tmp_path: Path, content: bytes, problem: str) -> None:
         (pa.table({"key": ["a"], "vector": ["b"]}), "expected lists of floats"),
         (pa.table({"key": ["a", "b"], "vector": [[1.0, 2.0], [1.0]]}), "row 1: has a vector of 1 numbers"),
         (pa.table({"key": ["a"], "vector": [[1.0, None]]}), "is null"),
+        (pa.table({"key": [1.5], "vector": [[1.0]]}), "column `key` is double; expected integers or text"),
+        (pa.table({"key": [["a"]], "vector": [[1.0]]}), "column `key` is list"),
+        (pa.table({"key": ["a"], "vector": pa.array([[]], pa.list_(pa.float32()))}), "no vector in its first row"),
     ],
 )
 def test_parquet_of_another_kind_is_told(tmp_path: Path, table: pa.Table, problem: str) -> None:

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cluster.config import Config
+from cluster.config import Config, config_from_dict, config_to_dict
+from cluster.errors import CheckpointError
 from cluster.rank import process_group
 from embedding_service.sharding import ShardedTables
 from embedding_service.tables import TableSpec
 from tests.ranks import run_on_ranks
 from trainers import checkpoint
-from trainers.checkpoint import CheckpointStore, Progress
+from trainers.checkpoint import CheckpointStore, Progress, check_same_run
 
 SPECS = (("items", 1001, 8, "fp32"), ("users", 517, 4, "fp16"), ("few", 2, 8, "fp32"))
 
@@ -109,3 +110,24 @@ def test_without_pieces_it_is_read_all_the_same(tmp_path: Path, monkeypatch: pyt
     with process_group("cpu"):
         wanted = save(str(tmp_path), "", 1 << 40)
         assert_equal(load(str(tmp_path), ""), wanted)
+
+
+def test_what_does_not_fit_is_told_in_a_line(saved: tuple[Path, dict[str, Tensor]]) -> None:
+    with process_group("cpu"):
+        model = new_model(seed=2)
+        model.dense["snapshot"] = nn.Linear(7, 500, bias=False)
+        with pytest.raises(CheckpointError, match=r"does not fit the model: rank 0: Size mismatch") as error:
+            CheckpointStore(saved[0]).resume(model, Config())
+    assert "Traceback" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_table_moves_freely_unless_a_budget_counts_memory() -> None:
+    def config(disk: str, budget: str) -> Config:
+        return config_from_dict({"keys": {"budget": budget}, "tables": {"item": {"disk": disk}}})
+
+    for was, now, budget in (("", "/a", ""), ("/a", "", ""), ("/a", "/b", "1GiB")):
+        check_same_run(config_to_dict(config(was, budget)), config(now, budget), Path("run"))
+    for was, now in (("", "/a"), ("/a", "")):
+        with pytest.raises(CheckpointError, match=rf"tables\.item\.disk was '{was}' and is now '{now}'"):
+            check_same_run(config_to_dict(config(was, "1GiB")), config(now, "1GiB"), Path("run"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.config import Config, config_from_dict, config_to_dict
+from cluster.config import Config, config_from_dict, config_to_dict, load_config, to_toml
 from cluster.errors import CheckpointError, SettingError
 from cluster.rank import current_rank, process_group
 from embedding_service.row_maps import RowMap
@@ -50,9 +51,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"all": path, "some": folder / "some.parquet"}
 
 
-def run_config(run: Path, source: Path, model: dict[str, Any], tables: dict[str, Any], **train: Any) -> Config:
+def run_config(
+    run: Path, source: Path, model: dict[str, Any], tables: dict[str, Any], *, budget: str = "", **train: Any
+) -> Config:
     data = {"user": "user", "holdout": "none"} if model.get("kind") == "two_tower" else {"holdout": "none"}
-    return small_config(run, source, data=data, model=model, tables=tables, train={"epochs": 2, **train})
+    keys = {"keys": {"budget": budget}} if budget else {}
+    return small_config(run, source, data=data, model=model, tables=tables, train={"epochs": 2, **train}, **keys)
 
 
 def by_key(config: Config, model: Any) -> dict[str, dict[Any, list[float]]]:
@@ -129,6 +133,7 @@ def old(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict
         "two_tower": run_config(folder / "two_tower", data["some"], TWO_TOWER, {}),
         "item2vec": run_config(folder / "item2vec", data["some"], {}, {}),
         "shared": run_config(folder / "shared", data["some"], TWO_TOWER, HEAD_TAIL),
+        "budget": run_config(folder / "budget", data["some"], TWO_TOWER, {}, budget="8KB"),
     }
     for config in configs.values():
         train(config, on_event=silent)
@@ -170,6 +175,20 @@ def test_what_shared_rows_gets_its_own_with_its_shared_vector(
         assert found["after"]["item"][key][:8] == vector
 
 
+def test_a_run_within_a_budget_is_grown_with_the_maps_that_it_was_trained_with(
+    data: dict[str, Path], old: dict[str, Config], tmp_path: Path
+) -> None:
+    run = tmp_path / "of-a-gpu"  # whose config and checkpoint say so: it is grown on CPU all the same
+    shutil.copytree(old["budget"].run, run)
+    before = load_config(run / "config.toml")
+    on_gpu = replace(before, cluster=replace(before.cluster, device="cuda", uvm_caching=True))
+    (run / "config.toml").write_text(to_toml(on_gpu))
+    wanted = old_vectors(old["budget"])
+    assert {len(vector) for vector in wanted["user"].values()} == {8}, "the users share rows"
+    (found,) = grown_on(1, run_config(tmp_path / "new", data["all"], TWO_TOWER, {}, grow=str(run)))
+    assert all(found["after"]["user"][key][:8] == vector for key, vector in wanted["user"].items())
+
+
 def test_rows_shared_anew_begin_close_to_what_their_keys_were(
     data: dict[str, Path], old: dict[str, Config], tmp_path: Path
 ) -> None:
@@ -204,16 +223,21 @@ def test_nothing_changes_where_nothing_is_new(data: dict[str, Path], old: dict[s
 def test_a_grown_run_trains_on_and_tells_where_it_began(
     data: dict[str, Path], old: dict[str, Config], tmp_path: Path
 ) -> None:
-    config = run_config(tmp_path / "new", data["all"], TWO_TOWER, {}, grow=old["two_tower"].run)
+    run = str(tmp_path / "old")
+    shutil.copytree(old["two_tower"].run, run)
+    config = run_config(tmp_path / "new", data["all"], TWO_TOWER, {"item": {"frozen": True}}, grow=run)
     notes: list[str] = []
     train(config, on_event=lambda event: notes.append(event.get("text", "")))
     begun = [Start(**one) for one in json.loads((tmp_path / "new" / "start.json").read_text())]
     assert [one.table for one in begun] == ["item", "user"]
     assert all(one.text() in notes for one in begun)
     assert "80 of 120 keys begin with their vectors" in begun[0].text()
+    assert "warning: table item is frozen, and 40 of its keys stay as random as they begin" in notes
     before = (tmp_path / "new" / "start.json").stat().st_mtime_ns
+    Path(run).rename(tmp_path / "gone")
     train(
-        run_config(tmp_path / "new", data["all"], TWO_TOWER, {}, grow=old["two_tower"].run, epochs=3), on_event=silent
+        run_config(tmp_path / "new", data["all"], TWO_TOWER, {"item": {"frozen": True}}, grow=run, epochs=3),
+        on_event=silent,
     )
     assert (tmp_path / "new" / "start.json").stat().st_mtime_ns == before  # it goes on from its own checkpoint
 
@@ -224,6 +248,7 @@ def test_a_grown_run_trains_on_and_tells_where_it_began(
         ({"model": {**TWO_TOWER, "dim": 12}}, "has 8 dimensions in table item, this run 12"),
         ({"model": {}}, "is a model of kind two_tower, this one is item2vec"),
         ({"model": {**TWO_TOWER, "hidden": [12]}}, "towers are others"),
+        ({"model": {**TWO_TOWER, "hidden": []}}, "towers are others: this model has no"),
         ({"grow": "nowhere"}, "nowhere is not a run"),
         ({"tables": {"item": {"map": "quotient_remainder", "compression": 2.0}}}, "quotient_remainder cannot"),
     ],

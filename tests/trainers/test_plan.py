@@ -11,7 +11,7 @@ from cluster.config import Config, config_from_dict
 from cluster.errors import DataError, SettingError
 from embedding_service.shard_plan import Machines
 from tests.trainers.runs import small_config, write_sessions
-from trainers.plan import GPU_RESERVE, Plan, make_plan
+from trainers.plan import GPU_RESERVE, Plan, make_plan, process_bytes
 from trainers.plan_keys import keys_of, read_profile
 from trainers.plan_offers import offers, with_settings
 from trainers.prepare import open_reader, prepare
@@ -152,10 +152,29 @@ def test_on_cpu_workers_share_a_machines_memory() -> None:
     assert not plan.fits
     assert plan.missing_bytes > (tables - 8 * GIB) // 2
     keys = keys_of(_config(), told, None)
-    for offer in offers(_config(), keys, small):
+    found = offers(_config(), keys, small)
+    assert ("tables.item.disk=FOLDER", "tables.user.disk=FOLDER") in [offer.settings for offer in found]
+    for offer in found:
         machines = offer.plan.machines
         assert machines.workers_here * (offer.plan.process_bytes + offer.plan.largest_rank_bytes) <= 8 * GIB
         assert machines.num_machines == -(-machines.workers // 2)
+
+
+def test_tables_on_disk_take_no_memory() -> None:
+    told, small = {"item": 10**7, "user": 10**7}, Machines(2, 2, "cpu", 0, 9 * GIB)
+    config = _config(tables={"user": {"disk": "/nonexistent"}})  # on the machines that the plan is for it may be
+    plan = _plan(config, small, told)
+    assert plan.fits
+    assert not _plan(_config(), small, told).fits
+    tables = {one.spec.name: one for one in plan.tables}
+    assert (tables["user"].shards.kernel, tables["item"].shards.kernel) == ("disk", "fused")
+    assert tables["user"].shards.rows == (5 * 10**6,) * 2
+    assert tables["user"].held_bytes == (tables["user"].buffer_bytes,) * 2
+    assert plan.disk_bytes == plan.to_dict()["disk_bytes_per_rank"] == 5 * 10**6 * (512 + 4)
+    all_on_disk = _config(tables={name: {"disk": "/nonexistent"} for name in told})
+    assert _plan(all_on_disk, small, told).disk_bytes == 10**7 * (512 + 4)
+    with pytest.raises(SettingError, match="table user lies on disk"):
+        _plan(config, _gpus(2), told)
 
 
 def test_a_plan_knows_the_keys_of_a_prepared_run_or_of_a_profile(tmp_path: Path) -> None:
@@ -187,6 +206,9 @@ def test_item2vec_draws_negatives() -> None:
     rows = {one.spec.name: one.rows_per_step for one in plan.tables}
     assert rows["input"] < 1000 < rows["output"] < 6_001
     assert all(sum(one.optimizer_bytes) == 0 for one in plan.tables)
+    keys = [keys_of(config, {"item": 2**22 // 3 * times}, None) for times in (1, 2)]
+    one, two = (process_bytes(config, one, plan.machines) for one in keys)
+    assert (two - one) / (2**22 // 3) == pytest.approx(16 + 8 * 1.5, rel=0.01)  # of the key map alone
 
 
 def test_what_is_not_known_is_asked_for(tmp_path: Path) -> None:
@@ -194,6 +216,14 @@ def test_what_is_not_known_is_asked_for(tmp_path: Path) -> None:
         keys_of(_config(), {"item": 5}, None)
     with pytest.raises(SettingError, match="this model has no such keys; it has: item, user"):
         keys_of(_config(), {"color": 5}, None)
+    with_city = _config(data={"user": "user", "query_features": ["city", "age"]})
+    lengths = {"mean": 5.0}
+    profiled = {"columns": {}, "numbers": ["query_age"], "lengths": lengths}
+    with pytest.raises(
+        SettingError, match=r"--keys query_city=N: .* \(the profile has no such column\): say so, N = 0"
+    ):
+        keys_of(with_city, TOLD, profiled)
+    assert keys_of(with_city, {**TOLD, "query_city": 9}, profiled).num_ids == {**TOLD, "query_city": 9}
     featured = _config(data={"user": "user", "query_features": ["city"], "item_features": "side.parquet"})
     with pytest.raises(SettingError, match="item_COLUMN=N"):
         keys_of(featured, {**TOLD, "query_city": 5}, None)
@@ -232,5 +262,9 @@ def test_the_command_prints_the_plan_and_answers_no(tmp_path: Path, capsys: pyte
     assert "kept 91 %" in shown
     assert cli.main([*options, "--workers", "2"]) == 1
     assert "it does not fit: a rank lacks" in capsys.readouterr().out
+    assert cli.main(["plan", str(path), "--items", "100", "--users", "9", "--set", "tables.user.disk=/mnt"]) == 0
+    assert "row_wise, disk (mapped into memory)" in capsys.readouterr().out
+    assert cli.main([*options, "--keys", "item=1__0"]) == 2
+    assert "--keys: is written NAME=N" in capsys.readouterr().err
     assert cli.main(["plan", str(path), "--device", "cpu", "--hbm", "1GiB"]) == 2
     assert "--hbm: is of GPUs" in capsys.readouterr().err

@@ -66,6 +66,7 @@ def test_a_profile_tells_what_is_there(tmp_path: Path) -> None:
     assert found["lengths"]["quantiles"]["0.5"] == 2
     columns = found["columns"]
     assert columns.keys() == {"item", "user", "query_city", "query_tags", "query_mood"}  # a price has no keys
+    assert found["numbers"] == ["query_price"]
     assert columns["user"]["distinct"]["value"] == 2_000
     assert (columns["query_city"]["distinct"]["value"], columns["query_city"]["occurrences"]) == (3, 3_000)
     assert columns["query_mood"]["distinct"]["value"] == 8

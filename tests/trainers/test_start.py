@@ -126,6 +126,7 @@ def test_a_run_that_goes_on_does_not_begin_again(files: dict[str, Path], tmp_pat
         ({"vectors": "text"}, {"dim": 12}, r"tables\.item\.vectors: .*text\.vec holds vectors of 8 numbers.* of 12"),
         ({"vectors": "text", "map": "hashed", "rows": 50}, {}, "need a row for every key"),
         ({"frozen": True}, {}, "leaves the table as random as it begins"),
+        ({"disk": "/nonexistent"}, {}, r"tables\.item\.disk: /nonexistent is not a folder of this machine"),
         ({"vectors": "sessions"}, {}, "needs the columns `key` and `vector`"),
     ],
 )
