@@ -193,15 +193,15 @@ class Management:
         new = await asyncio.to_thread(
             selective.place, asked.key, like=asked.like, vector=vector, attributes=asked.attributes
         )
-        changes = await asyncio.to_thread(selective.overlay.add, [new])
+        changes = await _file_work(selective.overlay.add, [new])
         return json_response({"version": loaded.version, "num_added": len(changes.added)}, 201)
 
     async def _delete_items(self, body: bytes) -> Response:
         asked, loaded = parse_body(Keys, body), self._versions.now.live
         selective = _selective(loaded)
-        unknown = [key for key in asked.keys if not selective.has(key)]
         known = [key for key in asked.keys if selective.has(key)]
-        changes = await asyncio.to_thread(selective.overlay.delete, known)
+        unknown = [key for key in asked.keys if not selective.has(key)]
+        changes = await _file_work(selective.delete, known)
         told = {"num_deleted": len(changes.deleted), "num_added": len(changes.added), "unknown": unknown}
         return json_response({"version": loaded.version, **told})
 
