@@ -184,8 +184,12 @@ class _Lock:
     def __enter__(self) -> None:
         assert self._overlay._file is not None
         self._handle = os.open(self._overlay._file.parent, os.O_RDONLY)
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
-        self._overlay.refresh()
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX)
+            self._overlay.refresh()
+        except BaseException:  # else the lock would stay with this process, and every later change wait for it
+            os.close(self._handle)
+            raise
 
     def __exit__(self, *_: object) -> None:
         os.close(self._handle)
