@@ -182,6 +182,7 @@ def _add_serving(add: Add) -> None:
         choices=("list", "publish", "activate", "canary", "rollback", "remove"),
         help="default list",
         nargs="?",
+        default="list",
     )
     sub.add_argument("name", metavar="VERSION", nargs="?", default="", help="the version; publish: its folder")
     sub.add_argument(

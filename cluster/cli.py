@@ -300,7 +300,8 @@ def _serve(args: Arguments) -> int:
 def _versions(args: Arguments) -> int:
     from embedding_service.versions_client import change, listing, publish
 
-    if args.action in ("publish", "activate", "canary", "remove") and not (args.name or args.share == 0):
+    ends_canary = args.action == "canary" and args.share == 0
+    if args.action in ("publish", "activate", "canary", "remove") and not args.name and not ends_canary:
         raise SettingError("VERSION", f"is needed: lexshard versions {args.where} {args.action} ...")
     if args.action == "list":
         told, lines = listing(args.where, token_file=args.token_file)

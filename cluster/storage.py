@@ -81,7 +81,7 @@ def publish_folder(temporary: str | Path, final: str | Path) -> None:
         if file.is_file():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        else:
+        elif file.is_dir():
             sync_folder(file)
     sync_folder(temporary)
     os.rename(temporary, final)

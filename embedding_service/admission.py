@@ -23,10 +23,15 @@ import numpy as np
 from cluster.errors import ArtifactError, LexshardError
 from cluster.storage import checksum
 from embedding_service.artifact import MANIFEST, Artifact
+from embedding_service.attributes import FILE as ATTRIBUTES
+from embedding_service.attributes import Attributes
 from embedding_service.gates import Figure, Gates, judge, to_document
+from embedding_service.http_access import CHANGE_VARIABLE, READ_VARIABLE
 from embedding_service.http_artifact import check_servable
+from embedding_service.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from embedding_service.ragged import Ragged
 from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
+from embedding_service.versions import check_name
 
 MEMORY_FACTOR = 4  # address space beyond what is there after the imports: so many times the artifacts' files
 MEMORY_FLOOR_BYTES = 8 * 2**30
@@ -38,12 +43,15 @@ def admit(candidate: Path, live: Path | None, gates: Gates) -> list[Figure]:
     cases of the gates.
     """
     artifact = Artifact.open(candidate)
+    check_name(artifact)
     check_servable(artifact)
     for name in artifact.manifest["vectors"]:
         _check_vectors(artifact, name)
     for name in artifact.manifest["indexes"]:
         artifact.index(name).check_rows()
     retriever = Retriever(artifact, threads=1)
+    if ATTRIBUTES in artifact.manifest["files"]:
+        Attributes.read(artifact.path / ATTRIBUTES, retriever.catalogue(RECOMMEND))
     _ask(retriever)
     return judge(retriever, None if live is None else Retriever(Artifact.open(live, verify=False), threads=1), gates)
 
@@ -86,7 +94,8 @@ def admit_apart(candidate: Path, live: Path | None, gates: Gates, *, timeout_sec
     command = [sys.executable, "-m", "embedding_service.admission"]
     root = str(Path(__file__).parents[1])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    ours = {name: value for name, value in os.environ.items() if name not in (CHANGE_VARIABLE, READ_VARIABLE)}
+    environment = {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     try:
         done = subprocess.run(
             command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout_seconds, env=environment
@@ -114,16 +123,27 @@ def main() -> None:
     request = json.loads(sys.stdin.read())
     os.nice(10)
     candidate, live = Path(request["candidate"]), request["live"] and Path(request["live"])
-    _bound_memory([folder for folder in (candidate, live) if folder])
     try:
+        _bound_memory([folder for folder in (candidate, live) if folder])
         answer: Mapping[str, Any] = {"figures": to_document(admit(candidate, live, Gates(**request["gates"])))}
     except (LexshardError, OSError, MemoryError, ValueError) as error:
         answer = {"error": str(error) or type(error).__name__}
     print(json.dumps(answer))
 
 
+def _listed_bytes(folder: Path) -> int:
+    """Of the files that the manifest lists, as far as they are there; what lies beside them is never read."""
+    with open(folder / MANIFEST, "rb") as handle:
+        manifest = parse_manifest(handle.read(MAX_MANIFEST_BYTES + 1), str(folder / MANIFEST))
+    return sum(
+        min(entry.bytes, file.stat().st_size)
+        for name, entry in manifest.files.items()
+        if (file := folder / name).is_file()
+    )
+
+
 def _bound_memory(folders: list[Path]) -> None:
-    files = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+    files = sum(_listed_bytes(folder) for folder in folders)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + max(MEMORY_FACTOR * files, MEMORY_FLOOR_BYTES)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

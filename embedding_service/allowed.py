@@ -20,9 +20,18 @@ Mask = npt.NDArray[np.bool_]
 
 
 def search_allowed(
-    candidates: Candidates, metric: Metric, queries: Float32, k: int, allowed: Mask, seen: Ragged | None = None
+    candidates: Candidates,
+    metric: Metric,
+    queries: Float32,
+    k: int,
+    allowed: Mask,
+    seen: Ragged | None = None,
+    *,
+    allowed_rows: Int64 | None = None,
 ) -> tuple[Float32, Int64]:
     """The best k of the rows that `allowed` (bool [rows]) has and that `seen` does not list, for queries [n, dim].
+
+    `allowed_rows`: the same rows by number, where the caller knows them.
 
     Scores float32 and rows int64 [n, min(k, rows)], best first, the end padded with -inf and -1 only where no more rows
     are left. Through the index the answer is what a scan of its ranking would find: as many rows are looked up as the
@@ -30,7 +39,7 @@ def search_allowed(
     """
     k, n = min(k, candidates.rows), len(queries)
     scores, rows = np.full((n, k), -np.inf, np.float32), np.full((n, k), -1, np.int64)
-    few = np.flatnonzero(allowed)
+    few = np.flatnonzero(allowed) if allowed_rows is None else allowed_rows
     lacking = np.arange(n)
     share = len(few) / candidates.rows
     if len(few) > EXACT_ROWS and share > EXACT_SHARE:

@@ -58,9 +58,11 @@ class Replica:
         store = store_of(settings.artifact)
 
         def open_version(version: str, verify: bool) -> HttpApi:
-            folder = store.folder(version) if store is not None else Path(settings.artifact)
             overlay = Overlay(store.overlay_file(version) if store is not None else None)
-            artifact = Artifact.open(folder, verify=verify)
+            if store is not None:
+                artifact = store.open(version, verify=verify)
+            else:
+                artifact = Artifact.open(Path(settings.artifact), verify=verify)
             return http_api(artifact, settings.limits(), threads=settings.threads, overlay=overlay)
 
         versions = LiveVersions(settings.start, open_version, store, verify=settings.verify)

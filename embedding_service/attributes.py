@@ -17,6 +17,7 @@ from embedding_service.keys import Vocabulary
 
 FILE = "attributes.parquet"
 MAX_BYTES = 4 * 2**30
+MAX_ITEM_BYTES, MIN_BYTES = 1024, 64 * 2**20  # of the table when it is read: so much per item, but at least
 Value = str | int | float | bool
 Mask = npt.NDArray[np.bool_]
 
@@ -35,10 +36,14 @@ class Attributes:
         try:
             if file.stat().st_size > MAX_BYTES:
                 raise ArtifactError(f"{file}: is larger than {MAX_BYTES} bytes")
-            if pq.read_metadata(file).num_rows > 4 * rows + 1000:
+            metadata = pq.read_metadata(file)
+            if metadata.num_rows > 4 * rows + 1000:
                 raise ArtifactError(f"{file}: has far more rows than the {rows} items")
-            table = pq.read_table(file)
-            places = catalogue.rows(table["item"].combine_chunks())
+            if (size := _uncompressed_bytes(metadata)) > max(MIN_BYTES, MAX_ITEM_BYTES * rows):
+                raise ArtifactError(f"{file}: is {size} bytes when it is read, too much for {rows} items")
+            table = pq.read_table(file, read_dictionary=_texts(metadata.schema.to_arrow_schema()))
+            items = table["item"].unify_dictionaries().combine_chunks()
+            places = catalogue.rows(items)
             known = (places >= 0) & (places < rows)
             columns = {
                 name: _codes(table[name], places[known], known, rows) for name in table.column_names if name != "item"
@@ -71,15 +76,30 @@ class Attributes:
         return mask
 
 
+def _uncompressed_bytes(metadata: pq.FileMetaData) -> int:
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    return sum(group.column(column).total_uncompressed_size for group in groups for column in range(group.num_columns))
+
+
+def _texts(schema: pa.Schema) -> list[str]:
+    """Columns that are read as codes: a few bytes of a file may repeat one long string for every row. Raises TypeError
+    for types that are none of an attribute's, before they are read.
+    """
+    types = {one.name: one.type.value_type if pa.types.is_dictionary(one.type) else one.type for one in schema}
+    texts = [name for name, type_ in types.items() if pa.types.is_string(type_) or pa.types.is_large_string(type_)]
+    for name, type_ in types.items():
+        if name not in texts and not pa.types.is_integer(type_) and not pa.types.is_boolean(type_):
+            raise TypeError(f"{name}: a column of {type_}; filters take strings, whole numbers and true / false")
+    return texts
+
+
 def _codes(
     column: pa.ChunkedArray, places: npt.NDArray[np.int64], known: Mask, rows: int
 ) -> tuple[npt.NDArray[np.int32], dict[Value, int]]:
-    type_ = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_integer(type_) or pa.types.is_string(type_) or pa.types.is_large_string(type_)) and (
-        not pa.types.is_boolean(type_)
-    ):
-        raise TypeError(f"a column of {type_}; filters take strings, whole numbers and true / false")
-    encoded = pc.dictionary_encode(column.combine_chunks().cast(type_))
+    given = column.unify_dictionaries().combine_chunks()
+    encoded = given if isinstance(given, pa.DictionaryArray) else pc.dictionary_encode(given)
+    values = pc.dictionary_encode(encoded.dictionary)  # a file may have one value twice
+    numbers = np.append(values.indices.fill_null(-1).to_numpy(), -1)  # the last one is for nulls
     codes = np.full(rows, -1, np.int32)
-    codes[places] = encoded.indices.fill_null(-1).to_numpy()[known]
-    return codes, {value: number for number, value in enumerate(encoded.dictionary.to_pylist())}
+    codes[places] = numbers[encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy()][known]
+    return codes, {value: number for number, value in enumerate(values.dictionary.to_pylist())}

@@ -55,7 +55,13 @@ def _check_graph(reader: _Reader, rows: int) -> None:
         reader.refuse("its graph's numbers of neighbours per level are not ascending")
     if levels.min(initial=1) < 1 or levels.max(initial=1) >= len(per_level):
         reader.refuse("its graph has levels that it does not describe")
-    if not -1 <= entry < rows or not -1 <= top < len(per_level):
+    # FAISS writes levels as counts; searching from `top` reads the number of neighbours below top + 1
+    if (
+        not -1 <= entry < rows
+        or (entry < 0) != (top < 0)
+        or not -1 <= top <= len(per_level) - 2
+        or (entry >= 0 and levels[entry] != top + 1)
+    ):
         reader.refuse(f"its graph is entered at row {entry}, level {top}")
     if not np.array_equal(offsets, np.append(0, np.cumsum(per_level[levels], dtype=np.uint64))):
         reader.refuse("its graph's offsets are not the sums of its levels' neighbours")

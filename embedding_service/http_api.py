@@ -179,7 +179,7 @@ class HttpApi:
     async def _run(self, work: Work | Single) -> Response:
         if isinstance(work, Single):
             return _ok(await self._turns.ask(work.group, work.query))
-        if self._is_quick(work.num_queries):
+        if work.is_plain and self._is_quick(work.num_queries):
             return self._answer(work)
         return await self._in_thread(lambda: self._answer(work))
 

@@ -21,6 +21,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,9 @@ class Management:
 
     async def _publish(self, body: bytes) -> Response:
         asked, store = parse_body(Publish, body), self._required_store()
-        version = await _file_work(store.publish, asked.source)
+        now = self._versions.now
+        served = {self._versions.start, now.live.version, *([now.canary.version] if now.canary is not None else [])}
+        version = await _file_work(partial(store.publish, asked.source, served=served))
         return json_response({"version": version}, 201)
 
     async def _activate(self, body: bytes) -> Response:
@@ -190,15 +193,15 @@ class Management:
         new = await asyncio.to_thread(
             selective.place, asked.key, like=asked.like, vector=vector, attributes=asked.attributes
         )
-        changes = await asyncio.to_thread(selective.overlay.add, [new])
+        changes = await _file_work(selective.overlay.add, [new])
         return json_response({"version": loaded.version, "num_added": len(changes.added)}, 201)
 
     async def _delete_items(self, body: bytes) -> Response:
         asked, loaded = parse_body(Keys, body), self._versions.now.live
         selective = _selective(loaded)
-        unknown = [key for key in asked.keys if not selective.has(key)]
         known = [key for key in asked.keys if selective.has(key)]
-        changes = await asyncio.to_thread(selective.overlay.delete, known)
+        unknown = [key for key in asked.keys if not selective.has(key)]
+        changes = await _file_work(selective.delete, known)
         told = {"num_deleted": len(changes.deleted), "num_added": len(changes.added), "unknown": unknown}
         return json_response({"version": loaded.version, **told})
 
@@ -217,23 +220,24 @@ class Management:
         loop, decided = asyncio.get_running_loop(), asyncio.Event()
         begun: asyncio.Future[None] = loop.create_future()
 
-        def begin() -> None:
+        def begin(problem: Problem | None = None) -> None:
             if not begun.done():
-                begun.set_result(None)
-
-        def busy() -> None:
-            if not begun.done():
-                begun.set_exception(Problem(409, "busy", "another activation runs; GET /v1/versions tells how it goes"))
+                begun.set_result(None) if problem is None else begun.set_exception(problem)
 
         def work() -> None:
+            problem = Problem(500, "internal", "this activation failed inside the service; its log says why")
             try:
                 with store.admitting():
                     self._note(asked.version, "checking")
                     loop.call_soon_threadsafe(begin)
                     self._admit(asked, share)
             except BlockingIOError:
-                loop.call_soon_threadsafe(busy)
-            finally:
+                problem = Problem(409, "busy", "another activation runs; GET /v1/versions tells how it goes")
+            except OSError as error:
+                logger.exception("activating %s cannot be noted", asked.version)
+                problem = _read_only(error)
+            finally:  # nobody may be left waiting, whatever happened
+                loop.call_soon_threadsafe(begin, problem)
                 loop.call_soon_threadsafe(decided.set)
 
         threading.Thread(target=work, name="admission", daemon=True).start()
@@ -362,4 +366,8 @@ async def _file_work(work: Callable[..., Any], *arguments: Any) -> Any:
         raise Problem(409, "refused", str(error)) from None
     except OSError as error:
         logger.exception("the folder of versions cannot be changed")
-        raise Problem(409, "read_only", f"the folder of versions cannot be changed: {error.strerror}") from None
+        raise _read_only(error) from None
+
+
+def _read_only(error: OSError) -> Problem:
+    return Problem(409, "read_only", f"the folder of versions cannot be changed: {error.strerror or error}")

@@ -13,7 +13,8 @@ import pyarrow as pa
 from embedding_service.hashed_keys import KeyMap
 from embedding_service.http_arrow import read_vectors, write_results
 from embedding_service.http_schema import Catalogue, Key, KeyType, Limits, Problem, RequestModels
-from embedding_service.selective import SelectiveRetriever, Wishes
+from embedding_service.overlay import Changes
+from embedding_service.selective import MAX_DIVERSE, SelectiveRetriever, Wishes, num_scored
 
 Parameters = list[tuple[str, str]]
 
@@ -51,10 +52,14 @@ class Retrieval(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """A checked request: `answer` computes the JSON document, or the Arrow stream, that answers its queries."""
+    """A checked request: `answer` computes the JSON document, or the Arrow stream, that answers its queries.
+
+    `is_plain`: takes what so many plain queries take; with wishes it may take a thousand times as long.
+    """
 
     num_queries: int
     answer: Callable[[], dict[str, Any] | bytes]
+    is_plain: bool = True
 
 
 class Similar(NamedTuple):
@@ -143,21 +148,29 @@ class Queries:
             if not wishes:
                 return Single(Similar(asked.k), asked.key)
             key = [asked.key]
-            return Work(1, lambda: self._document({"items": _items(self._wishing().similar(key, asked.k, wishes))[0]}))
-        return self._batch(len(asked.keys), asked.k, lambda: self._similar_batch(asked.keys, asked.k, wishes))
+            self._check_size(1, asked.k, wishes)
+            return Work(
+                1,
+                lambda: self._document({"items": _items(self._wishing().similar(key, asked.k, wishes))[0]}),
+                is_plain=False,
+            )
+        return self._batch(len(asked.keys), asked.k, lambda: self._similar_batch(asked.keys, asked.k, wishes), wishes)
 
     def post_search(self, body: bytes) -> Work:
         asked = self.models.parse(self.models.search, body)
         wishes = wishes_of(asked)
         if hasattr(asked, "vector"):
             vector = _float32([asked.vector], "vector")
-            return Work(1, lambda: self._document({"items": self._search(vector, asked.k, wishes)[0]}))
+            self._check_size(1, asked.k, wishes)
+            return Work(
+                1, lambda: self._document({"items": self._search(vector, asked.k, wishes)[0]}), is_plain=not wishes
+            )
         vectors = _float32(asked.vectors, "vectors")
 
         def answers() -> list[dict[str, Any]]:
             return [{"items": items} for items in self._search(vectors, asked.k, wishes)]
 
-        return self._batch(len(vectors), asked.k, answers)
+        return self._batch(len(vectors), asked.k, answers, wishes)
 
     def arrow_search(self, body: bytes, parameters: Parameters) -> Work:
         """`post_search` of an Arrow IPC stream, answered with one (see `http_arrow`)."""
@@ -190,12 +203,16 @@ class Queries:
             columns = {name: [value] for name, value in features.items()}
             users = None if user is None else [user]
             one = [asked.session]
+            self._check_size(1, asked.k, wishes)
 
             def answer() -> dict[str, Any]:
-                found = self._recommend_batch(one, asked.k, users, columns, asked.exclude_seen, wishes)[0]
-                return self._document(self._explained(found, asked.session) if explain else found)
+                changes = self._changes()
+                found = self._recommend_batch(one, asked.k, users, columns, asked.exclude_seen, wishes, changes)[0]
+                if explain:
+                    found = self._explained(found, asked.session, user, features, changes)
+                return self._document(found)
 
-            return Work(1 + explain * len(asked.session), answer)
+            return Work(1, answer, is_plain=not wishes and not explain)
         num_sessions = len(asked.sessions)
         users = getattr(asked, "users", None)
         columns = {"users": users} if users is not None else {}
@@ -208,6 +225,7 @@ class Queries:
             num_sessions,
             asked.k,
             lambda: self._recommend_batch(asked.sessions, asked.k, users, features, asked.exclude_seen, wishes),
+            wishes,
         )
 
     def answers(self, group: Similar | Recommend, queries: list[Any]) -> list[dict[str, Any]]:
@@ -253,17 +271,29 @@ class Queries:
     def _search(self, vectors: npt.NDArray[np.float32], k: int, wishes: Wishes) -> list[list[dict[str, Any]]]:
         return _items(self._wishing().search(vectors, k, wishes) if wishes else self._answering.search(vectors, k))
 
-    def _explained(self, found: dict[str, Any], session: Sequence[Key]) -> dict[str, Any]:
+    def _changes(self) -> Changes:
+        return self._selective.overlay.now if self._selective is not None else Changes()
+
+    def _explained(
+        self,
+        found: dict[str, Any],
+        session: Sequence[Key],
+        user: Key | None,
+        features: Mapping[str, Any],
+        changes: Changes,
+    ) -> dict[str, Any]:
         """`found` with what pulled each item; nothing did where the most frequent items are the answer."""
         items = found["items"]
         keys = [item["key"] for item in items]
-        pulls = [[] for _ in keys] if found["cold_start"] else self._wishing().explain(session, keys)
+        pulls: list[list[tuple[Key, float]]] = [[] for _ in keys]
+        if not found["cold_start"]:
+            pulls = self._wishing().explain(session, keys, user=user, features=features, changes=changes)
         told = [[{"key": key, "contribution": pull} for key, pull in line] for line in pulls]
         return {**found, "items": [{**item, "because": line} for item, line in zip(items, told, strict=True)]}
 
     def _similar_batch(self, keys: list[Key], k: int, wishes: Wishes) -> list[dict[str, Any]]:
         known = list(_known(self._items, keys))
-        if self._selective is not None and (changes := self._selective.overlay.now):
+        if changes := self._changes():
             known = [
                 changes.find(key) is not None or (ok and key not in changes.deleted)
                 for key, ok in zip(keys, known, strict=True)
@@ -271,7 +301,10 @@ class Queries:
         found = [key for key, ok in zip(keys, known, strict=True) if ok]
         answers: Iterator[list[dict[str, Any]]] = iter(())
         if found:
-            results = self._wishing().similar(found, k, wishes) if wishes else self._answering.similar(found, k)
+            if wishes or changes:
+                results: Results = self._wishing().similar(found, k, wishes, changes=changes)
+            else:
+                results = self._retriever.similar(found, k)
             answers = iter(_items(results))
         return [
             {"items": next(answers), "unknown": []} if ok else {"items": [], "unknown": [key]}
@@ -285,13 +318,15 @@ class Queries:
         users: Sequence[Key | None] | None,
         features: Mapping[str, Sequence[Any]],
         exclude_seen: bool,
-        wishes: Wishes | None = None,
+        wishes: Wishes = Wishes(),  # noqa: B008 (frozen)
+        changes: Changes | None = None,
     ) -> list[dict[str, Any]]:
         given: dict[str, Any] = {"users": users, "features": features or None, "exclude_seen": exclude_seen}
-        if wishes:
-            results: Results = self._wishing().recommend(sessions, k, wishes=wishes, **given)
+        changes = self._changes() if changes is None else changes
+        if wishes or changes:
+            results: Results = self._wishing().recommend(sessions, k, wishes=wishes, changes=changes, **given)
         else:
-            results = self._answering.recommend(sessions, k, **given)
+            results = self._retriever.recommend(sessions, k, **given)
         known = iter(_known(self._items, [key for session in sessions for key in session]))
         unknown = [[key for key in session if not next(known)] for session in sessions]
         unknown_user = [False] * len(sessions)
@@ -306,11 +341,26 @@ class Queries:
             )
         ]
 
-    def _batch(self, num_queries: int, k: int, answers: Callable[[], list[dict[str, Any]]]) -> Work:
-        self._check_size(num_queries, k)
-        return Work(num_queries, lambda: {"version": self._version, "results": answers()})
+    def _batch(
+        self,
+        num_queries: int,
+        k: int,
+        answers: Callable[[], list[dict[str, Any]]],
+        wishes: Wishes = Wishes(),  # noqa: B008 (frozen)
+    ) -> Work:
+        self._check_size(num_queries, k, wishes)
+        return Work(num_queries, lambda: {"version": self._version, "results": answers()}, is_plain=not wishes)
 
-    def _check_size(self, num_queries: int, k: int) -> None:
+    def _check_size(self, num_queries: int, k: int, wishes: Wishes = Wishes()) -> None:  # noqa: B008 (frozen)
+        if wishes.diversity and k > MAX_DIVERSE:
+            raise Problem(400, "invalid_request", f"`k` with `diversity` is at most {MAX_DIVERSE}; got {k}")
+        scored = num_scored(k, wishes)
+        if wishes.diversity and num_queries > 1 and num_queries * scored > self._limits.max_results:
+            message = (
+                f"{num_queries} diverse lists of k = {k} compare {num_queries * scored} pairs of items; "
+                f"the limit is {self._limits.max_results}: send several requests"
+            )
+            raise Problem(413, "batch_too_large", message)
         if num_queries * k > self._limits.max_results:
             message = (
                 f"{num_queries} queries times k = {k} are {num_queries * k} results; "

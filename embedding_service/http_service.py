@@ -40,14 +40,14 @@ class HttpService:
                 return await response.send(send)
             if self._access.read is not None and path not in _OPEN and not path.startswith("/page"):
                 self._access.check_read(scope)
-            loaded = self._choose(scope)
+            caller = self._caller(scope)
             if path == "/openapi.json" and scope["method"] == "GET":
-                return await self._document(loaded).send(send)
+                return await self._document(self._choose(caller)).send(send)
         except ClientGone:
             return
         except Exception as error:
             return await error_response(scope, problem_of(error, scope)).send(send)
-        loaded.enter()
+        loaded = self._enter(caller)
         start, status = time.perf_counter(), 499
         try:
             status = await loaded.api(scope, receive, send)
@@ -56,13 +56,24 @@ class HttpService:
             if path in _COUNTED:
                 loaded.tally.note(status, time.perf_counter() - start, recommends=path in _CLICKABLE)
 
-    def _choose(self, scope: Scope) -> Loaded:
+    def _caller(self, scope: Scope) -> bytes:
+        caller = _take_caller(scope) if b"caller=" in scope["query_string"] else b""
+        return caller if self._versions.now.canary is None else header(scope, CALLER) or caller
+
+    def _enter(self, caller: bytes) -> Loaded:
+        """The version that answers this caller, which is not closed before the request has left it."""
+        while True:
+            loaded = self._choose(caller)
+            loaded.enter()
+            if not loaded.retired:
+                return loaded
+            loaded.leave()  # it was let go of, in another thread, after it was chosen
+
+    def _choose(self, caller: bytes) -> Loaded:
         """The version that answers this caller: the same one as long as share and versions stay."""
         now = self._versions.now
-        caller = _take_caller(scope) if b"caller=" in scope["query_string"] else b""
         if now.canary is None:
             return now.live
-        caller = header(scope, CALLER) or caller
         return now.canary if caller and takes_canary(caller, now.canary.version, now.share) else now.live
 
     def _document(self, loaded: Loaded) -> Response:

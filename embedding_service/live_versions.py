@@ -126,7 +126,7 @@ class LiveVersions:
 
     def all_counts(self) -> dict[str, list[dict[str, Any]]]:
         """Per version the tallies' counts of all processes, this one's as of now."""
-        found = {version: [tally.counts()] for version, tally in self.tallies.items()}
+        found = {version: [tally.counts()] for version, tally in list(self.tallies.items())}
         for process, versions in (self._store.counts() if self._store is not None else {}).items():
             if process != self._process:
                 for version, counts in versions.items():
@@ -135,7 +135,7 @@ class LiveVersions:
 
     def close(self) -> None:
         self._ended.set()
-        for loaded in self._here.values():
+        for loaded in list(self._here.values()):
             loaded.api.close()
 
     def _flip(self, state: Serving, live: Loaded) -> None:
@@ -165,21 +165,38 @@ class LiveVersions:
 
     def _watch(self) -> None:
         polls = 0
-        assert self._store is not None
         while not self._ended.wait(POLL_SECONDS):
             polls += 1
-            if polls % _POLLS_TO_KEEP == 0:
-                self._keep_counts()
-            stamp = self._store.stamp()
-            self.refresh_overlays()
-            if stamp != self._stamp or (self.problem and polls % _POLLS_TO_RETRY == 0):
-                self._stamp = stamp
-                self.refresh()
+            try:
+                self._poll(polls)
+            except Exception as error:  # else this replica would stay where it is for ever, and not say so
+                problem = f"looking at the versions failed: {type(error).__name__}: {error}"
+                if problem != self.problem:
+                    logger.exception("looking at the versions failed; it goes on")
+                self.problem = problem
+
+    def _poll(self, polls: int) -> None:
+        assert self._store is not None
+        if polls % _POLLS_TO_KEEP == 0:
+            self._forget_tallies()
+            self._keep_counts()
+        stamp = self._store.stamp()
+        self.refresh_overlays()
+        if stamp != self._stamp or (self.problem and polls % _POLLS_TO_RETRY == 0):
+            self._stamp = stamp
+            self.refresh()
+
+    def _forget_tallies(self) -> None:
+        """Of versions that were removed."""
+        assert self._store is not None
+        for version in set(self.tallies) - set(self._store.names()) - set(self._here):
+            del self.tallies[version]
 
     def _keep_counts(self) -> None:
         """Where the other processes find them, and those that come after this one."""
         assert self._store is not None
-        counts = {version: tally.counts() for version, tally in self.tallies.items() if tally.requests or tally.clicks}
+        tallies = list(self.tallies.items())  # another thread may add to them
+        counts = {version: tally.counts() for version, tally in tallies if tally.requests or tally.clicks}
         if counts and (text := json.dumps(counts)) != self._kept:
             try:
                 self._store.keep_counts(self._process, counts)

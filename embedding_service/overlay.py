@@ -9,9 +9,12 @@ goes live is told then (`lost`).
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,11 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import ArtifactError, DataError
-from cluster.storage import write_json
+from cluster.storage import write_atomic
 from embedding_service.exact import Float32
 from embedding_service.keys import Key
+
+logger = logging.getLogger(__name__)
 
 MAX_ADDED, MAX_DELETED = 1000, 100_000
 MAX_BYTES = 256 * 2**20
@@ -39,7 +44,7 @@ class Added:
 
 @dataclass(frozen=True)
 class Changes:
-    """What one reading of the file says; immutable."""
+    """What one reading of the file says; immutable, and what requests need of it is worked out once."""
 
     added: tuple[Added, ...] = ()
     deleted: frozenset[Key] = frozenset()
@@ -48,46 +53,84 @@ class Changes:
         return bool(self.added or self.deleted)
 
     def find(self, key: Key) -> Added | None:
-        return next((one for one in self.added if one.key == key), None)
+        place = self.places.get(key)
+        return None if place is None else self.added[place]
+
+    @functools.cached_property
+    def places(self) -> dict[Key, int]:
+        """Key -> its place in `added`."""
+        return {one.key: place for place, one in enumerate(self.added)}
+
+    @functools.cached_property
+    def recommend(self) -> Float32:
+        """float32 [added, dim]."""
+        return np.stack([one.recommend for one in self.added])
+
+    @functools.cached_property
+    def similar(self) -> Float32:
+        """float32 [added, dim]."""
+        return np.stack([one.similar for one in self.added])
 
 
 class Overlay:
     """`now` is what requests read, once each. Without a file there is nothing, and nothing can be added."""
 
     def __init__(self, file: Path | None = None) -> None:
-        """Raises ArtifactError for a damaged file."""
+        """A damaged file is logged and stands for no changes, until `refresh` or a change meets it: a version is served
+        without them rather than not at all.
+        """
         self._file = file
         self._stamp: tuple[int, int] | None = None
+        self._damage: str = ""
+        self._refreshing = threading.Lock()
         self.now = Changes()
-        self.refresh()
+        try:
+            self.refresh()
+        except ArtifactError as error:
+            logger.error("served without the changes to its items: %s", error)
 
     def refresh(self) -> None:
         """Read the file again if it has changed. Raises ArtifactError for a damaged one; `now` stays as it is then."""
         if self._file is None:
             return
-        try:
-            found = self._file.stat()
-        except FileNotFoundError:
-            self._stamp, self.now = None, Changes()
-            return
-        if (stamp := (found.st_ino, found.st_mtime_ns)) != self._stamp:
-            self.now, self._stamp = self._read(), stamp
+        with self._refreshing:  # else a thread that has read earlier could have the last word
+            try:
+                found = self._file.stat()
+            except FileNotFoundError:
+                self._stamp, self.now, self._damage = None, Changes(), ""
+                return
+            if (stamp := (found.st_ino, found.st_mtime_ns)) != self._stamp:
+                try:
+                    self.now, self._damage = self._read(), ""
+                except ArtifactError as error:
+                    self._damage = str(error)
+                self._stamp = stamp
+            if self._damage:
+                raise ArtifactError(self._damage)
 
     def add(self, items: Iterable[Added]) -> Changes:
-        """Add items, or replace those with their keys. Raises DataError beyond the limit."""
+        """Add items, or replace those with their keys. Raises DataError beyond the limit, and for a vector that holds
+        nan or an infinity; ArtifactError where the file is damaged.
+        """
+        items = list(items)
+        for one in items:
+            if not all(vector.ndim == 1 and np.isfinite(vector).all() for vector in (one.recommend, one.similar)):
+                raise DataError(f"item {one.key!r}: its vectors are not finite; place it at other items or a vector")
         with self._changing():
-            items = list(items)
             keys = {one.key for one in items}
             added = (*[one for one in self.now.added if one.key not in keys], *items)
             if len(added) > MAX_ADDED:
                 raise DataError(f"{len(added)} added items; the limit is {MAX_ADDED}: train and publish a version")
             return self._write(Changes(added, self.now.deleted - keys))
 
-    def delete(self, keys: Sequence[Key]) -> Changes:
-        """Take items off the answers, those of the version and added ones. Raises DataError beyond the limit."""
+    def delete(self, keys: Sequence[Key], *, is_own: Callable[[Key], bool] = lambda _: True) -> Changes:
+        """Take items off the answers, those of the version and added ones. is_own(key): whether the version itself has
+        it, so that it would come back if only the added one went. Raises DataError beyond the limit, ArtifactError
+        where the file is damaged.
+        """
         with self._changing():
-            gone = {one.key for one in self.now.added} & set(keys)
-            deleted = self.now.deleted | (set(keys) - gone)
+            gone = self.now.places.keys() & set(keys)
+            deleted = self.now.deleted | {key for key in keys if key not in gone or is_own(key)}
             if len(deleted) > MAX_DELETED:
                 raise DataError(f"{len(deleted)} deleted items; the limit is {MAX_DELETED}: publish a version")
             return self._write(Changes(tuple(one for one in self.now.added if one.key not in gone), frozenset(deleted)))
@@ -117,7 +160,11 @@ class Overlay:
             }
             for one in changes.added
         ]
-        write_json(self._file, {"added": added, "deleted": sorted(changes.deleted)})
+        document = {"added": added, "deleted": sorted(changes.deleted)}
+        data = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+        if len(data) > MAX_BYTES:
+            raise DataError(f"the added items take {len(data)} bytes; the limit is {MAX_BYTES}: publish a version")
+        write_atomic(self._file, data)
         self.refresh()
         return changes
 
@@ -137,8 +184,12 @@ class _Lock:
     def __enter__(self) -> None:
         assert self._overlay._file is not None
         self._handle = os.open(self._overlay._file.parent, os.O_RDONLY)
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
-        self._overlay.refresh()
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX)
+            self._overlay.refresh()
+        except BaseException:  # else the lock would stay with this process, and every later change wait for it
+            os.close(self._handle)
+            raise
 
     def __exit__(self, *_: object) -> None:
         os.close(self._handle)

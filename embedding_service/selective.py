@@ -25,6 +25,7 @@ from embedding_service.ragged import Ragged
 from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
 
 POOL = 5  # candidates per shown item that diversity chooses from
+MAX_DIVERSE = 100  # shown items of a diverse list: it costs the pool times them
 MAX_EXPLAINED = 50  # items of a session that are left out one by one
 
 
@@ -39,6 +40,23 @@ class Wishes:
 
     def __bool__(self) -> bool:
         return self.allow is not None or bool(self.deny or self.where or self.diversity)
+
+
+def num_scored(k: int, wishes: Wishes) -> int:
+    """What a query for k items costs, in items: for a diverse list its pool is looked at for each of them."""
+    return _pool(k, wishes) * k if wishes.diversity else k
+
+
+def _pool(k: int, wishes: Wishes) -> int:
+    return max(50, POOL * k) if wishes.diversity else k
+
+
+@dataclass(frozen=True)
+class _Allowed:
+    """Rows that may be shown: bool [rows], and the same by number, int64, ascending."""
+
+    mask: Mask
+    rows: Int64
 
 
 @dataclass(frozen=True)
@@ -67,20 +85,27 @@ class Chosen:
 
 
 class SelectiveRetriever:
-    """`Retriever`'s questions with `wishes`, over a version and its overlay. Safe to use from many threads."""
+    """`Retriever`'s questions with `wishes`, over a version and its overlay. Safe to use from many threads.
+
+    `changes` is one reading of the overlay, by default that of now: questions that belong together share one.
+    """
 
     def __init__(self, retriever: Retriever, overlay: Overlay, attributes: Attributes | None = None) -> None:
         self.retriever, self.overlay, self.attributes = retriever, overlay, attributes
+        self._unchanged: dict[str, tuple[Changes, _Allowed]] = {}  # per index, what the last changes allow
 
-    def similar(self, keys: Sequence[Key], k: int = 10, wishes: Wishes = Wishes()) -> Chosen:
+    def similar(
+        self, keys: Sequence[Key], k: int = 10, wishes: Wishes = Wishes(), *, changes: Changes | None = None
+    ) -> Chosen:
         """Raises KeyNotFound for the first key that neither the version nor the overlay has, or that was deleted."""
-        changes, catalogue = self.overlay.now, self.retriever.catalogue(SIMILAR)
+        changes = self.overlay.now if changes is None else changes
+        catalogue = self.retriever.catalogue(SIMILAR)
         vectors, own = [], []
+        stored = self.retriever.candidates(SIMILAR).vectors
         for key in keys:
             added, row = changes.find(key), catalogue.row(key)
             if added is None and (not 0 <= row < len(catalogue.keys) or key in changes.deleted):
                 raise KeyNotFound(key, "item")
-            stored = self.retriever.candidates(SIMILAR).vectors
             vectors.append(added.similar if added is not None else stored.take(np.array([row]))[0])
             own.append([row] if 0 <= row < len(catalogue.keys) else [])
         seen = Ragged.from_lists(own)
@@ -99,16 +124,19 @@ class SelectiveRetriever:
         features: Mapping[str, Sequence[Any]] | None = None,
         exclude_seen: bool = True,
         wishes: Wishes = Wishes(),
+        changes: Changes | None = None,
     ) -> Chosen:
         """Added items of a session say nothing to the query tower: it has not been trained on them."""
         history, queries, cold = self.retriever.encode(sessions, users=users, features=features)
         own = [set(session) if exclude_seen else set() for session in sessions]
         seen = history if exclude_seen else None
-        return self._choose(RECOMMEND, queries, k, wishes, self.overlay.now, seen, own, cold)
+        changes = self.overlay.now if changes is None else changes
+        return self._choose(RECOMMEND, queries, k, wishes, changes, seen, own, cold)
 
-    def embed_items(self, keys: Sequence[Key]) -> list[list[float] | None]:
+    def embed_items(self, keys: Sequence[Key], *, changes: Changes | None = None) -> list[list[float] | None]:
         """The vectors that `search` scores, None for unknown keys."""
-        changes, catalogue = self.overlay.now, self.retriever.catalogue(RECOMMEND)
+        changes = self.overlay.now if changes is None else changes
+        catalogue = self.retriever.catalogue(RECOMMEND)
         vectors = self.retriever.candidates(RECOMMEND).vectors
         found: list[list[float] | None] = []
         for key in keys:
@@ -120,18 +148,30 @@ class SelectiveRetriever:
                 found.append(vectors.take(np.array([row]))[0].tolist() if known else None)
         return found
 
-    def explain(self, session: Sequence[Key], found: Sequence[Key]) -> list[list[tuple[Key, float]]]:
+    def explain(
+        self,
+        session: Sequence[Key],
+        found: Sequence[Key],
+        *,
+        user: Key | None = None,
+        features: Mapping[str, Any] | None = None,
+        changes: Changes | None = None,
+    ) -> list[list[tuple[Key, float]]]:
         """For each found item, by how much its score falls if an item of the session was not there, largest first.
 
+        `user` and `features` (name -> value) as they were when the items were found: they stay while the session's go.
         Left out one by one, the last `MAX_EXPLAINED` items; what is unknown pulls nothing and is not named.
         """
         known = [key for key in session if self._is_known(key)][-MAX_EXPLAINED:]
         if not known or not found:
             return [[] for _ in found]
         without = [[*known[:place], *known[place + 1 :]] for place in range(len(known))]
-        _, queries, cold = self.retriever.encode([known, *without])
+        num = len(known) + 1
+        users = None if user is None else [user] * num
+        columns = {name: [value] * num for name, value in (features or {}).items()}
+        _, queries, cold = self.retriever.encode([known, *without], users=users, features=columns)
         queries[cold] = 0.0  # of a session of nothing
-        vectors = np.array(self.embed_items(found), np.float32)
+        vectors = np.array(self.embed_items(found, changes=changes), np.float32)
         scores = pair_scores(queries, np.broadcast_to(vectors, (len(queries), *vectors.shape)), self._metric(RECOMMEND))
         pulls = (scores[0] - scores[1:]).T  # [found, known]
         order = np.argsort(-pulls, axis=1, kind="stable")
@@ -162,6 +202,10 @@ class SelectiveRetriever:
         """Whether the version or its overlay has the key, deleted or not."""
         return self._is_known(key) or self.overlay.now.find(key) is not None
 
+    def delete(self, keys: Sequence[Key]) -> Changes:
+        """Take items off the answers. Raises DataError, ArtifactError, as the overlay does."""
+        return self.overlay.delete(keys, is_own=self._is_known)
+
     def lost(self, changes: Changes) -> dict[str, Any]:
         """What of another version's overlay this version does not have: added items, and deletions that end."""
         catalogue, deleted = self.retriever.catalogue(RECOMMEND), self.overlay.now.deleted
@@ -190,27 +234,28 @@ class SelectiveRetriever:
             self.retriever.catalogue(index),
             self._metric(index),
         )
-        allowed = self._allowed(catalogue, wishes, changes)
+        allowed = self._allowed(index, wishes, changes)
         extra = self._extra(wishes, changes)
-        pool = k if not wishes.diversity else max(50, POOL * k)
-        scores, rows = search_allowed(candidates, metric, queries, pool, allowed, seen)
+        pool = _pool(k, wishes)
+        scores, rows = search_allowed(candidates, metric, queries, pool, allowed.mask, seen, allowed_rows=allowed.rows)
         cold = np.zeros(len(queries), np.bool_) if cold is None else cold
         keys, lists = [], []
         for number, query in enumerate(queries):
             best, order, more = scores[number], rows[number], extra
             if cold[number]:
-                best, order = _most_frequent(catalogue, allowed, pool, seen, number)
-                more = []
+                best, order = _most_frequent(catalogue, allowed.mask, pool, seen, number)
+                more = more[:0]
             known = order >= 0
             names: list[Key] = catalogue.keys_of(order[known]).to_pylist()
-            vectors, values = candidates.vectors.take(order[known]), best[known]
-            if more := [one for one in more if one.key not in own[number]]:
-                added = np.stack([getattr(one, index) for one in more])
-                names += [one.key for one in more]
+            values, more = best[known], _without(more, own[number], changes)
+            added = (changes.recommend if index == RECOMMEND else changes.similar)[more] if len(more) else None
+            if added is not None:
+                names += [changes.added[place].key for place in more]
                 values = np.append(values, pair_scores(query[None], added[None], metric)[0])
-                vectors = np.concatenate([vectors, added])
             best_first = np.argsort(-values, kind="stable")[:pool]
             if wishes.diversity:
+                vectors = candidates.vectors.take(order[known])
+                vectors = vectors if added is None else np.concatenate([vectors, added])
                 chosen = best_first[mmr(values[best_first], vectors[best_first], k, wishes.diversity)]
             else:
                 chosen = best_first[:k]
@@ -218,28 +263,39 @@ class SelectiveRetriever:
             lists.append(values[chosen].astype(np.float32))
         return Chosen(keys, lists, cold.tolist(), catalogue.keys.type)
 
-    def _allowed(self, catalogue: Vocabulary, wishes: Wishes, changes: Changes) -> Mask:
-        rows = len(catalogue.keys)
-
-        def rows_of(keys: Sequence[Key]) -> Int64:
-            found = catalogue.rows(list(keys)) if keys else np.empty(0, np.int64)
-            return found[(found >= 0) & (found < rows)]
-
-        allowed = np.ones(rows, np.bool_)
+    def _allowed(self, index: str, wishes: Wishes, changes: Changes) -> _Allowed:
+        unchanged, catalogue = self._unchanged_rows(index, changes), self.retriever.catalogue(index)
+        if wishes.allow is None and not wishes.deny and not wishes.where:
+            return unchanged
+        allowed = unchanged.mask.copy()
         if wishes.where:
             if self.attributes is None:
                 raise DataError("this version has no attributes to filter by: its export had no export.attributes")
-            allowed = self.attributes.mask(wishes.where)
+            allowed &= self.attributes.mask(wishes.where)
         if wishes.allow is not None:
-            listed = np.zeros(rows, np.bool_)
-            listed[rows_of(wishes.allow)] = True
+            listed = np.zeros(len(allowed), np.bool_)
+            listed[_rows_of(catalogue, wishes.allow)] = True
             allowed &= listed
-        allowed[rows_of(wishes.deny)] = False
-        allowed[rows_of([*changes.deleted, *[one.key for one in changes.added]])] = False
-        return allowed
+        allowed[_rows_of(catalogue, wishes.deny)] = False
+        return _Allowed(allowed, np.flatnonzero(allowed))
 
-    def _extra(self, wishes: Wishes, changes: Changes) -> list[Added]:
-        """The added items that the wishes allow."""
+    def _unchanged_rows(self, index: str, changes: Changes) -> _Allowed:
+        """The rows that are neither deleted nor replaced; worked out once per reading of the overlay."""
+        kept = self._unchanged.get(index)
+        if kept is not None and kept[0] is changes:
+            return kept[1]
+        catalogue = self.retriever.catalogue(index)
+        mask = np.ones(len(catalogue.keys), np.bool_)
+        mask[_rows_of(catalogue, [*changes.deleted, *changes.places])] = False
+        mask.flags.writeable = False
+        found = _Allowed(mask, np.flatnonzero(mask))
+        self._unchanged[index] = changes, found
+        return found
+
+    def _extra(self, wishes: Wishes, changes: Changes) -> Int64:
+        """The places of the added items that the wishes allow."""
+        if wishes.allow is None and not wishes.deny and not wishes.where:
+            return np.arange(len(changes.added))
 
         def fits(one: Added) -> bool:
             if (wishes.allow is not None and one.key not in wishes.allow) or one.key in wishes.deny:
@@ -251,7 +307,7 @@ class SelectiveRetriever:
                     return False
             return True
 
-        return [one for one in changes.added if fits(one)]
+        return np.array([place for place, one in enumerate(changes.added) if fits(one)], np.int64)
 
     def _of_kind(self, attributes: Mapping[str, Value]) -> list[Key]:
         if not attributes or self.attributes is None:
@@ -279,6 +335,18 @@ class SelectiveRetriever:
     def _metric(self, index: str) -> Metric:
         metric: Metric = self.retriever.artifact.manifest["indexes"][index]["metric"]
         return metric
+
+
+def _rows_of(catalogue: Vocabulary, keys: Sequence[Key]) -> Int64:
+    """The rows of those keys that the catalogue has."""
+    found = catalogue.rows(list(keys)) if len(keys) else np.empty(0, np.int64)
+    return found[(found >= 0) & (found < len(catalogue.keys))]
+
+
+def _without(places: Int64, keys: set[Key], changes: Changes) -> Int64:
+    """`places` of added items but for those of `keys`."""
+    hidden = [place for key in keys if (place := changes.places.get(key)) is not None]
+    return places[~np.isin(places, hidden)] if hidden else places
 
 
 def _most_frequent(

@@ -16,18 +16,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
+import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import ArtifactError
-from cluster.storage import publish_folder, remove_folder, write_json
+from cluster.storage import publish_folder, remove_folder, sync_folder, write_atomic, write_json
 from embedding_service.artifact import CURRENT, MANIFEST, Artifact
+from embedding_service.traffic import figures
+
+logger = logging.getLogger(__name__)
 
 FOLDER = ".serving"
 MAX_PREVIOUS = 20  # versions that a roll-back can reach
@@ -72,6 +77,12 @@ class VersionStore:
                 f"there is no version {version[:100]!r}; there are: {', '.join(self.names()) or 'none'}"
             )
         return folder
+
+    def open(self, version: str, *, verify: bool = True) -> Artifact:
+        """The artifact of a version. Raises ArtifactError as `Artifact.open` does, and if it calls itself otherwise."""
+        artifact = Artifact.open(self.folder(version), verify=verify)
+        check_name(artifact)
+        return artifact
 
     def serving(self) -> Serving | None:
         """The state; None if no version was ever activated. Raises ArtifactError for a damaged one."""
@@ -133,36 +144,37 @@ class VersionStore:
                 raise ArtifactError(f"version {version} is live: it answers everybody already")
             return self._write(replace(now, canary=version if share else "", share=share))
 
-    def publish(self, source: str) -> str:
+    def publish(self, source: str, *, served: Collection[str] = ()) -> str:
         """Check the version in `source`, a folder below the root, move it into its place and return its name.
 
-        Raises ArtifactError for a folder outside, one that is damaged, and a version that is here already. A folder
-        that is refused stays where it was.
+        `served`: versions that answer somewhere though the state does not name them. Raises ArtifactError for a folder
+        outside, one that is a version here or lies in one, one that is damaged or holds what its manifest does not
+        list, and a version that is here already. The folder is checked where it lies, and moved by one rename: what is
+        refused, or interrupted, stays where it was.
         """
-        folder = self.root.joinpath(*_parts(source))
-        if os.path.realpath(folder) != os.path.join(os.path.realpath(self.root), *_parts(source)):
+        parts = _parts(source)
+        folder = self.root.joinpath(*parts)
+        if os.path.realpath(folder) != os.path.join(os.path.realpath(self.root), *parts):
             raise ArtifactError(f"{source}: is a link, or below one")
         if not folder.is_dir():
             raise ArtifactError(f"{source}: there is no such folder below the root of the versions")
-        with self._private() as private:
-            os.rename(folder, private)  # nobody else writes to it while it is checked
-            try:
-                return self._adopt(private)
-            except BaseException:
-                os.rename(private, folder)
-                raise
+        self._check_place(source, parts, served)
+        self._check_offered(folder, source, verify=True)
+        with self._locked():
+            self._check_place(source, parts, served)  # it may have gone live meanwhile
+            version = self._put(folder, source)
+            if folder.parent.is_dir():
+                sync_folder(folder.parent)
+        return version
 
     def publish_copy(self, source: str | Path) -> str:
         """As `publish`, of a copy of a folder anywhere."""
-        if not (Path(source) / MANIFEST).is_file():
-            raise ArtifactError(f"{source}: is no version: it has no {MANIFEST}")
+        self._check_offered(Path(source), str(source), verify=False)
         with self._private() as private:
-            try:
-                shutil.copytree(source, private, symlinks=True)  # a link is refused, not followed
-                return self._adopt(private)
-            except BaseException:
-                remove_folder(private)
-                raise
+            shutil.copytree(source, private, symlinks=True)  # a link is refused, not followed
+            self._check_offered(private, str(source), verify=True)
+            with self._locked():
+                return self._put(private, str(source))
 
     def remove(self, version: str) -> None:
         """Remove a version for good. Raises ArtifactError for one that is served."""
@@ -191,13 +203,32 @@ class VersionStore:
     def keep_counts(self, process: str, counts: Mapping[str, Any]) -> None:
         """The traffic that a process has seen, per version; replaces what it has said before."""
         (self._folder / "counts").mkdir(parents=True, exist_ok=True)
-        write_json(self._folder / "counts" / f"{process}.json", counts)
+        file = self._folder / "counts" / f"{process}.json"
+        if not file.exists():
+            for old in self._counts_files()[: -MAX_PROCESSES + 1]:
+                old.unlink(missing_ok=True)
+        write_atomic(file, json.dumps(counts, separators=(",", ":")).encode())
 
     def counts(self) -> dict[str, dict[str, Any]]:
-        """process -> version -> counts, of the processes that kept them last."""
-        files = list((self._folder / "counts").glob("[0-9a-f]*.json"))
-        newest = sorted(files, key=lambda file: file.stat().st_mtime_ns)[-MAX_PROCESSES:]
-        return {file.stem: self._read(f"counts/{file.name}") or {} for file in newest}
+        """process -> version -> counts, of the processes that kept them last; files that are damaged are left out."""
+        found = {}
+        for file in self._counts_files()[-MAX_PROCESSES:]:
+            try:
+                versions = self._read(f"counts/{file.name}") or {}
+                for counts in versions.values():
+                    figures([counts])
+                found[file.stem] = versions
+            except (ArtifactError, OSError, KeyError, TypeError, ValueError) as error:
+                logger.warning("%s: figures of traffic are left out: %s", file, error)
+        return found
+
+    def _counts_files(self) -> list[Path]:
+        """The oldest first."""
+        times = {}
+        for file in (self._folder / "counts").glob("[0-9a-f]*.json"):
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                times[file] = file.stat().st_mtime_ns
+        return sorted(times, key=lambda file: times[file])
 
     def admission(self) -> dict[str, Any] | None:
         """The activation that runs, or the last one; "interrupted" where its process has ended before it did."""
@@ -218,27 +249,45 @@ class VersionStore:
         with _lock(self._folder, wait=False):
             yield
 
-    def _adopt(self, private: Path) -> str:
-        """Check a folder in the root and give it the name of its version."""
-        version = Artifact.open(private).version
-        with self._locked():
-            if (self.root / version).exists():
-                raise ArtifactError(f"version {version} is here already; versions are never overwritten")
-            publish_folder(private, self.root / version)
-            if not (self.root / CURRENT).exists():
-                write_json(self.root / CURRENT, {"version": version})
+    def _check_place(self, source: str, parts: list[str], served: Collection[str]) -> None:
+        """Raise ArtifactError for a folder that is a version which is served, or that lies in a version."""
+        now = self.serving()
+        named = (now.live, now.canary, *now.previous) if now is not None else ()
+        if parts[0] in {*named, *served}:
+            raise ArtifactError(f"{source}: is, or lies in, version {parts[0]}, which is served; copy it to incoming/")
+        if len(parts) > 1 and (self.root / parts[0] / MANIFEST).exists():
+            raise ArtifactError(f"{source}: lies in version {parts[0]}; put it in incoming/")
+
+    def _check_offered(self, folder: Path, source: str, *, verify: bool) -> str:
+        """The version in `folder`, which holds the manifest and what it lists and nothing else."""
+        if not (folder / MANIFEST).is_file():  # else `Artifact.open` would look for a CURRENT
+            raise ArtifactError(f"{source}: is not an artifact version: it has no {MANIFEST}")
+        artifact = Artifact.open(folder, verify=False)
+        _check_entries(folder, source, {MANIFEST, *artifact.manifest["files"]})
+        return (Artifact.open(folder) if verify else artifact).version
+
+    def _put(self, folder: Path, source: str) -> str:
+        """Give a checked folder in the root the name of its version. The root is locked."""
+        version = self._check_offered(folder, source, verify=False)
+        if (self.root / version).exists():
+            raise ArtifactError(f"version {version} is here already; versions are never overwritten")
+        publish_folder(folder, self.root / version)
+        if not (self.root / CURRENT).exists():
+            write_json(self.root / CURRENT, {"version": version})
         return version
 
     @contextlib.contextmanager
     def _private(self) -> Iterator[Path]:
         """A name in the root that does not exist, and that no writer removes meanwhile (see `artifact`)."""
         lease = self.root / f".tmp-{uuid.uuid4().hex}"
-        lease.mkdir()
-        try:
-            with _lock(lease, wait=True):
+        with contextlib.ExitStack() as held:
+            with self._locked():  # a writer that finds it unlocked would remove it
+                lease.mkdir()
+                held.enter_context(_lock(lease, wait=True))
+            try:
                 yield lease / "version"
-        finally:
-            remove_folder(lease)
+            finally:
+                remove_folder(lease)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self._folder / name
@@ -272,6 +321,24 @@ def _parts(source: str) -> list[str]:
     if len(parts) > 4 or not all(_NAME.fullmatch(part) and part.strip(". ") for part in parts):
         raise ArtifactError(f"{source[:200]!r}: name a folder below the root of the versions, like incoming/NAME")
     return parts
+
+
+def check_name(artifact: Artifact) -> None:
+    """Raise ArtifactError for a version whose folder has another name: answers and state would not agree."""
+    if artifact.path.name != artifact.version:
+        raise ArtifactError(f"{artifact.path}: calls itself version {artifact.version!r}; name the folder so")
+
+
+def _check_entries(folder: Path, source: str, listed: Collection[str]) -> None:
+    """Raise ArtifactError for anything but listed files and folders: opening a pipe would wait for ever."""
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            entry, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                raise ArtifactError(f"{source}: {entry} is a link; an artifact's files are its own")
+            if not stat.S_ISDIR(mode) and not (stat.S_ISREG(mode) and entry in listed):
+                raise ArtifactError(f"{source}: holds {entry}, which its manifest does not list; remove it")
 
 
 @contextlib.contextmanager

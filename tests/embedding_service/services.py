@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from embedding_service.artifact import Artifact
 from embedding_service.gates import Gates
 from embedding_service.http_access import Access
 from embedding_service.http_api import HttpApi
@@ -32,7 +31,7 @@ class LocalService:
 
     def restart(self) -> None:
         def open_version(version: str, verify: bool) -> HttpApi:
-            artifact = Artifact.open(self.store.folder(version), verify=verify)
+            artifact = self.store.open(version, verify=verify)
             return http_api(artifact, LIMITS, overlay=Overlay(self.store.overlay_file(version)))
 
         self.versions = LiveVersions(self._start, open_version, self.store)

@@ -281,6 +281,24 @@ def test_the_process_that_reads_has_bounded_memory(originals: Path, monkeypatch:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
+@pytest.mark.parametrize("wrong", ["row below the top", "no row", "no level", "level that has no numbers"])
+def test_an_entry_that_the_graph_does_not_have(originals: Path, tmp_path: Path, wrong: str) -> None:
+    index = faiss.read_index(str(originals / "v-HNSW16" / FAISS))
+    graph = index.hnsw
+    levels = faiss.vector_to_array(graph.levels)
+    assert levels.min() < levels.max()
+    if wrong == "row below the top":
+        graph.entry_point = int(np.argmin(levels))
+    elif wrong == "no row":
+        graph.entry_point = -1
+    else:
+        num_levels = faiss.vector_to_array(graph.cum_nneighbor_per_level).size - 1
+        graph.max_level = -1 if wrong == "no level" else num_levels
+    faiss.write_index(index, str(tmp_path / "index"))
+    with pytest.raises(ArtifactError, match="its graph is entered at row"):
+        check_index_file(tmp_path / "index", rows=ROWS, width=index.d)
+
+
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8", "HNSW8,SQ8", "HNSW8,PQ4x4", "IVF4,Flat", "IVF4,PQ4x4,RFlat"])
 def test_sound_faiss_files_pass_the_look_at_their_header(tmp_path: Path, factory: str) -> None:
     vectors = np.random.default_rng(0).normal(size=(1000, 8)).astype(np.float32)

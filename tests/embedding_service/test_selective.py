@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,20 +14,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from cluster.errors import ArtifactError, DataError, KeyNotFound
-from embedding_service import admission, http_management
+from embedding_service import admission, attributes, http_management, http_queries, overlay
 from embedding_service import allowed as search_among
+from embedding_service import selective as selective_module
 from embedding_service.artifact import Artifact, ArtifactWriter
 from embedding_service.attributes import Attributes
 from embedding_service.gates import Gates
 from embedding_service.keys import Vocabulary
-from embedding_service.overlay import Overlay
+from embedding_service.overlay import Added, Overlay
 from embedding_service.retrieval import Retriever
 from embedding_service.selective import SelectiveRetriever, Wishes
 from embedding_service.towers import TowerInput, TowerSpec
-from tests.embedding_service.artifacts import clustered
+from tests.embedding_service.artifacts import DIM as PUBLISHED_DIM
+from tests.embedding_service.artifacts import HISTORY, clustered, publish
 from tests.embedding_service.services import LocalService
+from tests.embedding_service.test_hostile_versions import replaced
 
 ROWS, DIM, K = 3000, 16, 10
 KEYS = [f"i{row:04d}" for row in range(ROWS)]
@@ -180,7 +188,156 @@ def test_explanations_are_what_the_score_loses(selective: SelectiveRetriever) ->
         assert {one for one, _ in told} == {"i0003", "i0043", "i0101"}
 
 
+def test_explanations_keep_the_user_and_the_features(tmp_path: Path) -> None:
+    width = PUBLISHED_DIM
+    inputs = (HISTORY, TowerInput("user", "user", "user", width), TowerInput("shop", "shop", "shop", width))
+    torch.manual_seed(0)
+    service = LocalService(tmp_path, publish(tmp_path, version="a", spec=TowerSpec(inputs, width, hidden=(8,))).name)
+    retriever = Retriever(Artifact.open(tmp_path / "a"))
+    body = {"session": ["i0003", "i0043"], "user": "u7", "features": {"shop": 4}, "k": 3, "explain": True}
+    items = service.ask("POST", "/v1/recommend", body).json["items"]
+    service.close()
+
+    def score(session: list[str], key: str) -> float:
+        query = retriever.encode([session], users=["u7"], features={"shop": [4]})[1][0]
+        return float(query @ retriever.candidates("recommend").vectors.take(np.array([int(key[1:])]))[0])
+
+    for item in items:
+        for pull in item["because"]:
+            rest = [key for key in body["session"] if key != pull["key"]]  # type: ignore[attr-defined]
+            expected = item["score"] - score(rest, item["key"])
+            assert pull["contribution"] == pytest.approx(expected, abs=1e-4)
+
+
+class TestSideTable:
+    def admit(self, folder: Path, table: pa.Table) -> object:
+        pq.write_table(table, folder / "attributes.parquet")
+        replaced("attributes.parquet", (folder / "attributes.parquet").read_bytes())(folder)
+        return admission.admit(folder, None, Gates())
+
+    def test_admission_reads_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = write(tmp_path, "bad", factory="Flat", keep=60)
+        with pytest.raises(ArtifactError, match="price: a column of double; filters take strings"):
+            self.admit(folder, pa.table({"item": ["i0001"], "price": [1.5]}))
+        monkeypatch.setattr(attributes, "MIN_BYTES", 20_000)
+        monkeypatch.setattr(attributes, "MAX_ITEM_BYTES", 1)
+        large = pa.table({"item": ["i0001", "i0002"], "text": ["x" * 100_000, "y" * 100_000]})
+        with pytest.raises(ArtifactError, match="bytes when it is read, too much for 60 items"):
+            self.admit(folder, large)
+
+    def test_one_long_string_for_every_row_is_held_once(self, tmp_path: Path, version: Path) -> None:
+        text = "x" * 2**16
+        texts = pa.DictionaryArray.from_arrays(pa.array([0] * ROWS, pa.int32()), pa.array([text]))
+        table = pa.table({"item": KEYS, "text": texts})
+        pq.write_table(table, tmp_path / "t.parquet", store_schema=False)
+        catalogue = Artifact.open(version).keys("item")
+        former, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+        pa.set_memory_pool(pool)
+        try:
+            read = Attributes.read(tmp_path / "t.parquet", catalogue)
+        finally:
+            pa.set_memory_pool(former)
+        assert read.mask({"text": text}).all()
+        assert not read.mask({"text": "x"}).any()
+        assert 0 < pool.max_memory() < 2**16 * ROWS / 4
+
+    def test_memory_is_for_what_is_listed(self, tmp_path: Path) -> None:
+        folder = write(tmp_path, "one", factory="Flat", keep=60)
+        listed = sum(file["bytes"] for file in json.loads((folder / "manifest.json").read_text())["files"].values())
+        (folder / "sparse").touch()
+        os.truncate(folder / "sparse", 2**40)
+        assert admission._listed_bytes(folder) == listed
+
+    def test_the_process_that_reads_is_given_no_token(self, version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: dict[str, str] = {}
+
+        def run(command: list[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+            given.update(env)
+            return subprocess.CompletedProcess(command, 0, '{"figures": []}', "")
+
+        monkeypatch.setattr(subprocess, "run", run)
+        for name in ("LEXSHARD_TOKEN", "LEXSHARD_READ_TOKEN", "LEXSHARD_OTHER"):
+            monkeypatch.setenv(name, "a-secret-of-the-tests")
+        assert admission.admit_apart(version, None, Gates(), timeout_seconds=1) == []
+        assert [name for name in given if name.startswith("LEXSHARD_")] == ["LEXSHARD_OTHER"]
+
+
 class TestOverlay:
+    def test_what_it_hides_is_worked_out_once(
+        self, selective: SelectiveRetriever, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        selective.overlay.add([selective.place("new", like=["i0007"], attributes={})])
+        selective.overlay.delete(KEYS[100:150])
+        looked_up: list[int] = []
+        rows_of = selective_module._rows_of
+
+        def counted(catalogue: Vocabulary, keys: list[str]) -> Any:
+            looked_up.append(len(keys))
+            return rows_of(catalogue, keys)
+
+        monkeypatch.setattr(selective_module, "_rows_of", counted)
+        for _ in range(3):
+            assert not set(selective.recommend([["i0100", "i0007"]], K).keys[0]) & set(KEYS[100:150])
+            selective.similar(["i0007"], K)
+        assert looked_up == [51, 51]  # once for each index
+        changes = selective.overlay.now
+        assert changes.recommend is changes.recommend
+        selective.overlay.delete(["i0001"])
+        selective.similar(["i0007"], K)
+        assert looked_up == [51, 51, 52]
+
+    def test_an_item_that_came_back_elsewhere_and_goes_again_stays_gone(self, selective: SelectiveRetriever) -> None:
+        selective.delete(["i0041"])
+        selective.overlay.add([selective.place("i0041", like=["i0007"], attributes={})])
+        selective.overlay.add([selective.place("new", like=["i0007"], attributes={})])
+        assert selective.delete(["i0041", "new"]).deleted == {"i0041"}
+        assert "i0041" not in selective.recommend([["i0001"]], 75).keys[0]
+
+    def test_vectors_that_could_not_be_read_again_are_not_written(self, selective: SelectiveRetriever) -> None:
+        selective.overlay.delete(["i0001"])
+        good, bad = np.ones(DIM, np.float32), np.full(DIM, np.nan, np.float32)
+        for one in (Added("new", good, bad), Added("new", np.full(DIM, np.inf, np.float32), good)):
+            with pytest.raises(DataError, match="item 'new': its vectors are not finite"):
+                selective.overlay.add([one])
+        selective.overlay.refresh()
+        assert (selective.overlay.now.added, selective.overlay.now.deleted) == ((), {"i0001"})
+
+    def test_more_than_could_be_read_again_is_not_written(
+        self, selective: SelectiveRetriever, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(overlay, "MAX_BYTES", 100)
+        with pytest.raises(DataError, match="the limit is 100: publish a version"):
+            selective.overlay.add([selective.place("new", like=["i0007"], attributes={})])
+        assert not selective.overlay.now
+
+    def test_a_slow_reader_does_not_have_the_last_word(
+        self, selective: SelectiveRetriever, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        selective.overlay.delete(["i0001"])
+        other = Overlay(selective.overlay._file)
+        selective.overlay.delete(["i0002"])
+        read, reading, go_on = Overlay._read, threading.Event(), threading.Event()
+
+        def slow(self: Overlay) -> Any:
+            found = read(self)
+            if threading.current_thread() is thread:
+                reading.set()
+                assert go_on.wait(30)
+            return found
+
+        thread = threading.Thread(target=other.refresh)
+        monkeypatch.setattr(Overlay, "_read", slow)
+        thread.start()
+        assert reading.wait(30)
+        selective.overlay.delete(["i0003"])
+        late = threading.Thread(target=other.refresh)
+        late.start()
+        late.join(0.2)  # it waits for the one before, or has overtaken it
+        go_on.set()
+        thread.join(30)
+        late.join(30)
+        assert other.now.deleted == {"i0001", "i0002", "i0003"}
+
     def test_an_item_near_others_is_found_and_can_be_asked_for(self, selective: SelectiveRetriever) -> None:
         like = ["i0007", "i0047"]
         selective.overlay.add([selective.place("new", like=like, attributes={"colour": "red"})])
@@ -282,6 +439,66 @@ class TestOverHttp:
         assert refused[:2] == (400, "invalid_request")
         unknown = service.ask("POST", "/v1/similar", {"key": "i0001", "filter": {"wher": {}}}).error
         assert unknown[2] == "there is no field `filter.wher`; did you mean `where`?"
+
+    WISHES = (
+        ("recommend", {"session": ["i0001"], "explain": True}),
+        ("recommend", {"session": ["i0001"], "diversity": 0.5}),
+        ("recommend", {"sessions": [["i0001"]], "filter": {"deny": ["i0002"]}}),
+        ("similar", {"key": "i0001", "filter": {"where": {"available": True}}}),
+        ("similar", {"keys": ["i0001"], "diversity": 0.5}),
+        ("search", {"vector": [0.5] * DIM, "diversity": 0.5}),
+        ("search", {"vectors": [[0.5] * DIM], "diversity": 0.5}),
+    )
+
+    def test_wishes_leave_the_event_loop(self, service: LocalService, monkeypatch: pytest.MonkeyPatch) -> None:
+        api = service.versions.now.live.api
+        assert api.selective is not None
+        monkeypatch.setattr(api, "_is_quick", lambda _: True)
+        threads: list[threading.Thread] = []
+
+        def watched(name: str) -> None:
+            work = getattr(api.selective, name)
+
+            def noted(*arguments: Any, **named: Any) -> Any:
+                threads.append(threading.current_thread())
+                return work(*arguments, **named)
+
+            monkeypatch.setattr(api.selective, name, noted)
+
+        watched("_choose")
+        watched("explain")
+        for path, body in self.WISHES:
+            threads.clear()
+            assert service.ask("POST", f"/v1/{path}", body).status == 200
+            assert threads
+            assert threading.main_thread() not in threads
+
+    def test_diverse_lists_are_charged_by_what_they_compare(
+        self, service: LocalService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        body = {"sessions": [["i0001"]] * 90, "k": 50}
+        assert service.ask("POST", "/v1/recommend", body).status == 200
+        status, code, message = service.ask("POST", "/v1/recommend", {**body, "diversity": 0.5}).error
+        assert (status, code) == (413, "batch_too_large")
+        assert message.startswith("90 diverse lists of k = 50 compare 1125000 pairs of items; the limit is 1000000")
+        monkeypatch.setattr(http_queries, "MAX_DIVERSE", 20)
+        for asked in ({"key": "i0001"}, {"keys": ["i0001"]}):
+            refused = service.ask("POST", "/v1/similar", {**asked, "k": 21, "diversity": 0.1}).error
+            assert refused == (400, "invalid_request", "`k` with `diversity` is at most 20; got 21")
+
+    def test_a_damaged_overlay_does_not_keep_the_version_down(self, service: LocalService) -> None:
+        file = service.store.overlay_file("one")
+        file.parent.mkdir(parents=True)
+        file.write_text("{")
+        service.restart()
+        assert service.ask("GET", "/v1/similar?key=i0001").status == 200
+        service.versions.refresh_overlays()
+        assert "one.json: is damaged" in service.versions.problem
+        status, code, message = service.ask("POST", "/v1/items/delete", {"keys": ["i0002"]}).error
+        assert (status, code) == (409, "refused")
+        assert message.endswith("remove it")
+        file.unlink()
+        assert service.ask("POST", "/v1/items/delete", {"keys": ["i0002"]}).json["num_deleted"] == 1
 
     def test_embed_and_search(self, service: LocalService) -> None:
         embedded = service.ask("POST", "/v1/embed", {"sessions": [["i0001", "i0002"]]}).json

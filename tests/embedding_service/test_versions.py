@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import ArtifactError, SettingError
-from embedding_service import admission, http_management
+from embedding_service import admission, http_management, versions
 from embedding_service.artifact import Artifact
 from embedding_service.gates import Gates, judge
 from embedding_service.http_access import find_access
 from embedding_service.retrieval import Retriever
-from embedding_service.traffic import takes_canary
+from embedding_service.traffic import Tally, takes_canary
 from embedding_service.versions import VersionStore
 from tests.embedding_service.artifacts import NUM_ITEMS, publish
 from tests.embedding_service.services import TOKEN, LocalService
@@ -35,8 +38,6 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def root(published: Path, tmp_path: Path) -> Path:
     """Links would be refused; hard links are the files themselves."""
-    import shutil
-
     return Path(shutil.copytree(published, tmp_path / "root", copy_function=lambda a, b: Path(b).hardlink_to(a)))
 
 
@@ -117,6 +118,97 @@ class TestStore:
             with pytest.raises(BlockingIOError), store.admitting():
                 pass
         assert store.admission() == {"version": "b", "state": "interrupted"}
+
+
+class TestPublish:
+    @pytest.fixture
+    def offered(self, root: Path) -> Path:
+        (root / "incoming").mkdir()
+        (root / "b").rename(root / "incoming" / "new")
+        return root / "incoming" / "new"
+
+    def test_a_pipe_that_is_not_listed_is_refused_before_it_is_opened(self, root: Path, offered: Path) -> None:
+        os.mkfifo(offered / "keys" / "pipe")
+        with pytest.raises(ArtifactError, match="incoming/new: holds keys/pipe, which its manifest does not list"):
+            VersionStore(root).publish("incoming/new")
+        with pytest.raises(ArtifactError, match="holds keys/pipe"):
+            VersionStore(root).publish_copy(offered)
+        assert offered.is_dir()
+
+    @pytest.mark.parametrize("name", ["notes.txt", "vectors/more.npy"])
+    def test_files_that_are_not_listed(self, root: Path, offered: Path, name: str) -> None:
+        (offered / name).write_text("x")
+        with pytest.raises(ArtifactError, match=f"holds {name}, which its manifest does not list; remove it"):
+            VersionStore(root).publish("incoming/new")
+
+    def test_links_that_are_not_listed(self, root: Path, offered: Path) -> None:
+        (offered / "more").symlink_to("/etc")
+        with pytest.raises(ArtifactError, match="more is a link"):
+            VersionStore(root).publish("incoming/new")
+
+    def test_it_never_leaves_its_place_until_it_is_checked(
+        self, root: Path, offered: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """So that a kill at any time leaves the only copy where it was."""
+        seen = []
+
+        def killed(temporary: Path, final: Path) -> None:
+            seen.append((temporary, final))
+            raise SystemExit(9)
+
+        monkeypatch.setattr(versions, "publish_folder", killed)
+        with pytest.raises(SystemExit):
+            VersionStore(root).publish("incoming/new")
+        assert seen == [(offered, root / "b")]
+        assert Artifact.open(offered).version == "b"
+
+    def test_what_is_served_is_no_source(self, root: Path) -> None:
+        store = VersionStore(root)
+        store.activate("b", start="a")
+        (root / "b").rename(root / "b2")
+        store.set_canary("c", 0.5, start="a")
+        for source in ("c", "c/vectors", "a"):
+            with pytest.raises(ArtifactError, match="which is served"):
+                store.publish(source)
+        with pytest.raises(ArtifactError, match="d: is, or lies in, version d, which is served"):
+            store.publish("d", served=["d"])
+        with pytest.raises(ArtifactError, match="d/vectors: lies in version d"):
+            store.publish("d/vectors")
+        with pytest.raises(ArtifactError, match="version d is here already"):
+            store.publish("d")
+
+    def test_a_root_folder_is_no_source(self, root: Path, tmp_path: Path) -> None:
+        """Its CURRENT would be followed, and the root be moved."""
+        shutil.copytree(root, tmp_path / "other")
+        (tmp_path / "other").rename(root / "incoming")
+        with pytest.raises(ArtifactError, match=r"incoming: is not an artifact version: it has no manifest\.json"):
+            VersionStore(root).publish("incoming")
+
+    def test_a_lease_is_locked_before_a_writer_can_find_it(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        held: list[bool] = []
+        mkdir = Path.mkdir
+
+        def watched(self: Path, *args: object, **kwargs: object) -> None:
+            if self.name.startswith(".tmp-"):
+                try:
+                    with versions._lock(root, wait=False):
+                        held.append(False)
+                except BlockingIOError:
+                    held.append(True)
+            mkdir(self, *args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Path, "mkdir", watched)
+        with VersionStore(root)._private() as private:
+            assert not private.exists()
+        assert held == [True]
+
+    def test_a_folder_of_another_name_than_its_version(self, service: LocalService) -> None:
+        (service.root / "b").rename(service.root / "e")
+        with pytest.raises(ArtifactError, match="e: calls itself version 'b'; name the folder so"):
+            service.store.open("e")
+        reply = service.ask("POST", "/v1/versions/activate", {"version": "e", "force": True, "wait_seconds": 60})
+        assert reply.status == 409
+        assert "calls itself version 'b'" in reply.error[2]
 
 
 class TestGates:
@@ -230,6 +322,73 @@ class TestService:
         service.restart()
         service.ask("GET", "/v1/recommend?items=i0001")
         assert service.ask("GET", "/v1/versions").json["versions"][0]["traffic"]["requests"] == 2
+
+    def test_figures_of_traffic_that_are_damaged_are_left_out(self, service: LocalService) -> None:
+        service.ask("GET", "/v1/recommend?items=i0001")
+        service.store.keep_counts("0a", {"a": Tally().counts() | {"requests": 5}})
+        for name, text in (("0b", "{"), ("0c", '{"a": {"requests": 1}}'), ("0d", '{"a": 7}')):
+            (service.root / ".serving" / "counts" / f"{name}.json").write_text(text)
+        reply = service.ask("GET", "/v1/versions")
+        assert (reply.status, reply.json["versions"][0]["traffic"]["requests"]) == (200, 6)
+
+    def test_figures_of_traffic_do_not_grow_for_ever(
+        self, service: LocalService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(versions, "MAX_PROCESSES", 3)
+        for process in range(6):
+            service.store.keep_counts(f"{process}", {"a": Tally().counts()})
+        assert len(list((service.root / ".serving" / "counts").iterdir())) == 3
+        service.versions.tallies["gone"] = Tally()
+        service.versions._forget_tallies()
+        assert list(service.versions.tallies) == ["a"]
+
+    def test_the_watch_goes_on_after_an_error(self, service: LocalService, monkeypatch: pytest.MonkeyPatch) -> None:
+        failed, again = threading.Event(), threading.Event()
+
+        def stamp() -> tuple[int, int]:
+            if failed.is_set():
+                again.set()
+                return 0, 0
+            failed.set()
+            raise OSError("stale file handle")
+
+        monkeypatch.setattr(service.store, "stamp", stamp)
+        assert again.wait(30)
+        assert service.versions.problem == "looking at the versions failed: OSError: stale file handle"
+        service.versions.refresh()
+        assert service.versions.problem == ""
+
+    def test_an_activation_that_cannot_be_noted_is_answered(
+        self, service: LocalService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def read_only(_: object) -> None:
+            raise OSError(30, "Read-only file system")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(service.store, "note_admission", read_only)
+            reply = service.ask("POST", "/v1/versions/activate", {"version": "b", "wait_seconds": 60})
+            message = "the folder of versions cannot be changed: Read-only file system"
+            assert reply.error == (409, "read_only", message)
+        assert service.ask("POST", "/v1/versions/activate", {"version": "b", "wait_seconds": 60}).status == 200
+
+    def test_a_version_that_is_let_go_of_after_it_was_chosen(
+        self, service: LocalService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        service.ask("POST", "/v1/versions/activate", {"version": "b", "wait_seconds": 60})
+        service.store.activate("c", start="a")
+        choose, chosen = service.app._choose, []
+
+        def late(caller: bytes) -> object:
+            found = choose(caller)
+            chosen.append(found.version)
+            if len(chosen) == 1:
+                service.versions.refresh()
+                service.versions._retire(keep={"c"})
+            return found
+
+        monkeypatch.setattr(service.app, "_choose", late)
+        reply = service.ask("GET", "/v1/similar?key=i0001")
+        assert (reply.status, reply.json["version"], chosen) == (200, "c", ["b", "c"])
 
     def test_wrong_bodies_and_methods(self, service: LocalService) -> None:
         assert service.ask("POST", "/v1/versions/activate", {"version": "zz"}).error[:2] == (404, "unknown_version")

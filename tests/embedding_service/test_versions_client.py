@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.cli import main
-from cluster.errors import ArtifactError
+from cluster.errors import ArtifactError, LexshardError
 from embedding_service import versions_client
 from embedding_service.traffic import Tally, figures
 from tests.embedding_service.artifacts import publish
@@ -73,5 +76,64 @@ def test_publishing_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "version v7 is here already; versions are never overwritten" in capsys.readouterr().err
     assert main(["versions", "http://127.0.0.1:9", "activate"]) == 2
     assert "setting VERSION: is needed: lexshard versions http://127.0.0.1:9 activate" in capsys.readouterr().err
+    assert main(["versions", "http://127.0.0.1:9", "activate", "--share", "0"]) == 2
+    assert "setting VERSION: is needed" in capsys.readouterr().err
     assert main(["versions", "http://127.0.0.1:9"]) == 2
     assert "http://127.0.0.1:9 does not answer as a lexshard service" in capsys.readouterr().err
+
+
+def test_without_an_action_it_lists(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    here = {"live": "v1", "canary": None, "problem": None}
+    ANSWERS[:] = [{"live": "v1", "canary": None, "share": 0.0, "here": here, "versions": []}]
+    assert main(["versions", "http://service"]) == 0
+    assert asked == [("GET", "/v1/versions", None)]
+
+
+class TestToken:
+    """What a service sees of the client's tokens."""
+
+    @pytest.fixture
+    def server(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[HTTPServer]:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.server.seen.append((self.command, self.path, self.headers["authorization"]))  # type: ignore[attr-defined]
+                if self.path.startswith("/moved"):
+                    self.send_response(302)
+                    self.send_header("location", f"http://localhost:{self.server.server_port}/elsewhere")
+                    self.end_headers()
+                else:
+                    self.send_response(200)
+                    self.end_headers()
+                    self.wfile.write(b"{}")
+
+            do_POST = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        monkeypatch.setenv("LEXSHARD_TOKEN", "the-token-of-changes")
+        monkeypatch.setenv("LEXSHARD_READ_TOKEN", "the-token-of-readers")
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        server.seen = []  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+    def test_it_goes_nowhere_else(self, server: HTTPServer) -> None:
+        service = f"http://127.0.0.1:{server.server_port}"
+        for method in ("GET", "POST"):
+            with pytest.raises(LexshardError, match=r"redirects to http://localhost:.*the token is not sent there"):
+                versions_client.ask(service, method, "/moved")
+        assert [path for _, path, _ in server.seen] == ["/moved"] * 2  # type: ignore[attr-defined]
+
+    def test_reading_shows_the_reading_token(self, server: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        service = f"http://127.0.0.1:{server.server_port}"
+        versions_client.ask(service, "GET", "/v1/versions")
+        versions_client.ask(service, "POST", "/v1/versions", {})
+        monkeypatch.delenv("LEXSHARD_READ_TOKEN")
+        versions_client.ask(service, "GET", "/v1/versions")
+        shown = [token for _, _, token in server.seen]  # type: ignore[attr-defined]
+        assert shown == ["Bearer the-token-of-readers", *["Bearer the-token-of-changes"] * 2]

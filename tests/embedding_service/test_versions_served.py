@@ -178,8 +178,10 @@ def test_a_killed_replica_fails_no_more_than_what_it_worked_on(service: Service,
     before = replicas()
     assert len(before) == 2
     with Clients(service, root) as clients:
-        while sum(clients.versions.values()) < 100:
-            pass
+        give_up = time.monotonic() + 60
+        while clients.versions.total() < 100:
+            assert time.monotonic() < give_up, clients.failed
+            time.sleep(0.01)
         os.kill(min(before), signal.SIGKILL)
         give_up = time.monotonic() + 60
         while not (len(now := replicas()) == 2 and now != before):
