@@ -332,52 +332,15 @@ def _query(args: Arguments) -> int:
 def _ask_service(args: Arguments) -> dict[str, Any]:
     from urllib.parse import urlencode
 
+    from embedding_service.http_client import ask
+
     question = {"similar": [("key", key) for key in args.keys], "recommend": [("items", key) for key in args.keys]}
     user = [("user", args.user)] if args.user else []
     query = urlencode([*question[args.kind], ("k", str(args.k)), *user])
-    answer: dict[str, Any] = json.loads(_get(f"{args.where.rstrip('/')}/v1/{args.kind}?{query}"))
+    answer = ask(args.where, "GET", f"/v1/{args.kind}?{query}")
+    if not isinstance(answer.get("items"), list):
+        raise LexshardError(f"{args.where} does not answer as a lexshard service: its answer has no items")
     return answer
-
-
-def _get(url: str) -> bytes:
-    """The body of a JSON answer. Raises LexshardError with the service's reason."""
-    import http.client
-    from urllib.error import HTTPError
-    from urllib.request import ProxyHandler, build_opener
-
-    service, _, _ = url.partition("/v1/")
-    opener = build_opener(ProxyHandler({})) if _is_loopback(service) else build_opener()
-    try:
-        with opener.open(url, timeout=60) as response:
-            body: bytes = response.read()
-        if not isinstance(json.loads(body)["items"], list):
-            raise ValueError("its answer has no items")
-    except HTTPError as error:
-        raise LexshardError(f"{service} answered {error.code}: {_reason_in(error.read())}") from None
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-        problem = str(error) or type(error).__name__
-        raise LexshardError(f"{service} does not answer as a lexshard service: {problem}") from None
-    return body
-
-
-def _is_loopback(service: str) -> bool:
-    """Whether the URL means this machine, where no proxy is asked."""
-    import ipaddress
-    from urllib.parse import urlsplit
-
-    try:
-        host = urlsplit(service).hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _reason_in(body: bytes) -> str:
-    """The message of an error answer; all of it where it is none of ours."""
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body.decode(errors="replace")[:500]
 
 
 def _ask_artifact(args: Arguments) -> dict[str, Any]:
@@ -440,6 +403,7 @@ def _demo(args: Arguments) -> int:
     asked = [] if args.port is None else [f"serve.port={args.port}"]
     wanted = load_config(None, asked).serve.port
     from embedding_service.app import serve_artifact
+    from embedding_service.http_client import ask
     from trainers.demo import METRICS, run_demo
 
     with watching(every_seconds=10.0) as listener:
@@ -453,7 +417,7 @@ def _demo(args: Arguments) -> int:
     print(f"\nserving {demo.served}", flush=True)
     with serve_artifact(demo.served, port=port) as service:
         print(f"try: curl '{service.address}{demo.question}'")
-        answer = json.loads(_get(service.address + demo.question))
+        answer = ask(service.address, "GET", demo.question)
         print(f"     {', '.join(item['key'] for item in answer['items'])}")
         if sys.stdout.isatty():
             print(f"documentation: {service.address}/docs; Ctrl-C stops", flush=True)

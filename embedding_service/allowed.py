@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from embedding_service.attributes import Mask
 from embedding_service.candidates import Candidates
 from embedding_service.exact import Float32, Int64, Metric, exact_search
 from embedding_service.ragged import Ragged
@@ -16,7 +17,6 @@ from embedding_service.vectors import VectorSet
 EXACT_ROWS = 20_000  # so few are scored one by one
 EXACT_SHARE = 0.02  # of all rows, too: the index would look through fifty for each that it may show
 MAX_FETCH = 4096  # rows that are looked up through the index before all allowed ones are scored
-Mask = npt.NDArray[np.bool_]
 
 
 def search_allowed(

@@ -58,7 +58,7 @@ from embedding_service.vectors import VectorSet, VectorSink
 MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
 SIDE_FILES = ("attributes.parquet", "cases.parquet")  # see `attributes` and `gates`
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,127}")
+VERSION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,127}")
 
 
 class Artifact:
@@ -524,7 +524,7 @@ def _version_folder(path: Path) -> Path:
         return path
     try:
         version = json.loads(pointer.read_bytes())["version"]
-        if not isinstance(version, str) or not _NAME.fullmatch(version):
+        if not isinstance(version, str) or not VERSION_NAME.fullmatch(version):
             raise ValueError(f"{version!r} is not a version's name")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ArtifactError(f"{pointer}: does not name a version ({error})") from None
@@ -546,7 +546,7 @@ def _check_file(folder: Path, name: str, size: int, sha256: str | None) -> None:
 
 
 def _check_name(kind: str, name: str) -> None:
-    if not _NAME.fullmatch(name):
+    if not VERSION_NAME.fullmatch(name):
         raise ArtifactError(f"{kind} name {name!r}: use letters, digits, `_`, `.`, `-` and spaces, at most 128")
 
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cluster.errors import DataError, KeyNotFound
-from embedding_service.allowed import Mask, search_allowed
-from embedding_service.attributes import Attributes, Value
+from embedding_service.allowed import search_allowed
+from embedding_service.attributes import Attributes, Mask, Value
 from embedding_service.diversity import mmr
 from embedding_service.exact import Float32, Int64, Metric, pair_scores, unit_length
 from embedding_service.keys import Key, Vocabulary

@@ -18,7 +18,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import shutil
 import stat
 import uuid
@@ -29,7 +28,7 @@ from typing import Any
 
 from cluster.errors import ArtifactError
 from cluster.storage import publish_folder, remove_folder, sync_folder, write_atomic, write_json
-from embedding_service.artifact import CURRENT, MANIFEST, Artifact
+from embedding_service.artifact import CURRENT, MANIFEST, VERSION_NAME, Artifact
 from embedding_service.traffic import figures
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,6 @@ FOLDER = ".serving"
 MAX_PREVIOUS = 20  # versions that a roll-back can reach
 MAX_STATE_BYTES = 2**20
 MAX_PROCESSES = 1000  # whose traffic is added up
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,15 @@ class VersionStore:
 
     def names(self) -> list[str]:
         """All versions here, in the order of their names."""
-        found = [folder for folder in self.root.iterdir() if _NAME.fullmatch(folder.name) and not folder.is_symlink()]
+        found = [
+            folder for folder in self.root.iterdir() if VERSION_NAME.fullmatch(folder.name) and not folder.is_symlink()
+        ]
         return sorted(folder.name for folder in found if (folder / MANIFEST).is_file())
 
     def folder(self, version: str) -> Path:
         """The folder of a version. Raises ArtifactError for one that is not here, and for what is no version's name."""
         folder = self.root / version
-        if not _NAME.fullmatch(version) or folder.is_symlink() or not (folder / MANIFEST).is_file():
+        if not VERSION_NAME.fullmatch(version) or folder.is_symlink() or not (folder / MANIFEST).is_file():
             raise ArtifactError(
                 f"there is no version {version[:100]!r}; there are: {', '.join(self.names()) or 'none'}"
             )
@@ -93,7 +93,7 @@ class VersionStore:
             state = Serving(**{**document, "previous": tuple(document["previous"])})
             if not all(isinstance(name, str) for name in (state.live, state.canary, *state.previous)):
                 raise TypeError("versions are named by strings")
-            if not 0.0 <= float(state.share) <= 1.0 or not _NAME.fullmatch(state.live):
+            if not 0.0 <= float(state.share) <= 1.0 or not VERSION_NAME.fullmatch(state.live):
                 raise ValueError(f"live {state.live!r}, share {state.share!r}")
         except (TypeError, KeyError, ValueError) as error:
             raise ArtifactError(f"{self._folder / 'state.json'}: is damaged ({error}); remove it") from None
@@ -318,7 +318,7 @@ class VersionStore:
 
 def _parts(source: str) -> list[str]:
     parts = source.split("/")
-    if len(parts) > 4 or not all(_NAME.fullmatch(part) and part.strip(". ") for part in parts):
+    if len(parts) > 4 or not all(VERSION_NAME.fullmatch(part) and part.strip(". ") for part in parts):
         raise ArtifactError(f"{source[:200]!r}: name a folder below the root of the versions, like incoming/NAME")
     return parts
 

@@ -19,6 +19,7 @@ from cluster import cli
 from cluster.arguments import build_parser
 from cluster.doctor import Facts
 from cluster.errors import DataError
+from embedding_service import http_client
 from tests.embedding_service.artifacts import publish
 
 ROOT = Path(__file__).parents[2]
@@ -247,9 +248,9 @@ def test_query_asks_no_proxy_for_this_machine(service: str, monkeypatch: pytest.
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     assert cli.main(["query", service, "similar", "a"]) == 0
-    assert cli._is_loopback("http://localhost:80")
-    assert cli._is_loopback("http://[::1]:80")
-    assert not cli._is_loopback("http://example.org")
+    assert http_client.is_loopback("http://localhost:80")
+    assert http_client.is_loopback("http://[::1]:80")
+    assert not http_client.is_loopback("http://example.org")
 
 
 def test_query_for_a_user_of_a_model_without_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

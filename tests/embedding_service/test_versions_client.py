@@ -12,7 +12,7 @@ import pytest
 
 from cluster.cli import main
 from cluster.errors import ArtifactError, LexshardError
-from embedding_service import versions_client
+from embedding_service import http_client, versions_client
 from embedding_service.traffic import Tally, figures
 from tests.embedding_service.artifacts import publish
 
@@ -126,14 +126,14 @@ class TestToken:
         service = f"http://127.0.0.1:{server.server_port}"
         for method in ("GET", "POST"):
             with pytest.raises(LexshardError, match=r"redirects to http://localhost:.*the token is not sent there"):
-                versions_client.ask(service, method, "/moved")
+                http_client.ask(service, method, "/moved")
         assert [path for _, path, _ in server.seen] == ["/moved"] * 2  # type: ignore[attr-defined]
 
     def test_reading_shows_the_reading_token(self, server: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
         service = f"http://127.0.0.1:{server.server_port}"
-        versions_client.ask(service, "GET", "/v1/versions")
-        versions_client.ask(service, "POST", "/v1/versions", {})
+        http_client.ask(service, "GET", "/v1/versions")
+        http_client.ask(service, "POST", "/v1/versions", {})
         monkeypatch.delenv("LEXSHARD_READ_TOKEN")
-        versions_client.ask(service, "GET", "/v1/versions")
+        http_client.ask(service, "GET", "/v1/versions")
         shown = [token for _, _, token in server.seen]  # type: ignore[attr-defined]
         assert shown == ["Bearer the-token-of-readers", *["Bearer the-token-of-changes"] * 2]
