@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_EPSILON = np.float32(1e-8)
+from embedding_service.row_kernels import take_rows, update_rows
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,7 @@ class Shard:
 
         rows: int64 [m], of this shard; order: int64 [m], which sorts them; gradient: float32 [m, dim].
         """
-        if self.weights.dtype == torch.float32:
-            _update(self.weights, self.state, rows, order, gradient, learning_rate)
-            return
-        distinct, index = _distinct(rows, order)  # numba has no float16: as float32, and back
-        weights, state = self.weights.index_select(0, distinct).float(), self.state.index_select(0, distinct)
-        _update(weights, state, index, order, gradient, learning_rate)
-        self.weights.index_copy_(0, distinct, weights.to(self.weights.dtype))
-        self.state.index_copy_(0, distinct, state)
+        update_rows(self.weights, self.state, rows, order, gradient, learning_rate)
 
 
 @dataclass(frozen=True)
@@ -130,7 +122,7 @@ class RowExchange:
     def fetch(self, route: Route) -> tuple[Tensor, ...]:
         """For every table the rows asked for, ascending: float32 [n, dim]. A collective call."""
         found = [
-            self._swap(self._shards[name].weights.index_select(0, table.wanted), table.sent, table.asked)
+            self._swap(take_rows(self._shards[name].weights, table.wanted), table.sent, table.asked)
             for name, table in route.tables.items()
         ]
         return tuple(_arrived(swap).float() for swap in found)
@@ -183,64 +175,3 @@ def _ascending(rows: Tensor) -> tuple[Tensor, Tensor | None]:
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     return ordered, place
-
-
-def _distinct(rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.unique(rows, return_inverse=True), given what sorts them."""
-    ascending = rows.index_select(0, order)
-    is_new = torch.ones(len(rows), dtype=torch.bool)
-    is_new[1:] = ascending[1:] != ascending[:-1]
-    index = torch.empty_like(order)
-    index[order] = is_new.cumsum(0) - 1
-    return ascending[is_new], index
-
-
-def _update(
-    weights: Tensor, state: Tensor, rows: Tensor, order: Tensor, gradient: Tensor, learning_rate: float
-) -> None:
-    _update_rows(
-        weights.numpy(), state.numpy(), rows.numpy(), order.numpy(), gradient.numpy(), np.float32(learning_rate)
-    )
-
-
-@numba.njit(
-    "void(float32[:, ::1], float32[:, ::1], int64[::1], int64[::1], float32[:, ::1], float32)",
-    nogil=True,
-    cache=True,
-    fastmath={"reassoc", "contract", "nsz"},  # sums in vector registers; infinities and NaN stay what they are
-)
-def _update_rows(
-    weights: np.ndarray,
-    state: np.ndarray,
-    rows: np.ndarray,
-    order: np.ndarray,
-    gradient: np.ndarray,
-    learning_rate: np.float32,
-) -> None:
-    """`Shard.update`; the width of the state says which optimiser it is."""
-    dim = weights.shape[1]
-    i = 0
-    while i < order.size:
-        place = np.uint64(order[i])  # unsigned: numba need not ask whether an index counts from the end
-        row = np.uint64(rows[place])
-        i += 1
-        while i < order.size and rows[order[i]] == rows[place]:
-            other = np.uint64(order[i])
-            for d in range(dim):
-                gradient[place, d] += gradient[other, d]
-            i += 1
-        if state.shape[1] == 0:
-            for d in range(dim):
-                weights[row, d] -= learning_rate * gradient[place, d]
-        elif state.shape[1] == 1:
-            square = np.float32(0.0)
-            for d in range(dim):
-                square += gradient[place, d] * gradient[place, d]
-            state[row, 0] += square / np.float32(dim)
-            step = learning_rate / (np.sqrt(state[row, 0]) + _EPSILON)
-            for d in range(dim):
-                weights[row, d] -= step * gradient[place, d]
-        else:
-            for d in range(dim):
-                state[row, d] += gradient[place, d] * gradient[place, d]
-                weights[row, d] -= learning_rate * gradient[place, d] / (np.sqrt(state[row, d]) + _EPSILON)

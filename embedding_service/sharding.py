@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cluster.errors import SettingError
 from embedding_service.disk_tables import DiskTable
-from embedding_service.huge_pages import prefer_huge_pages
+from embedding_service.huge_pages import zero_in_huge_pages
 from embedding_service.row_exchange import Route, RowExchange, Shard
 from embedding_service.tables import Optimizer, TableSpec, check_names, initial_rows
 
@@ -163,7 +163,7 @@ class ShardedTables:
                 self._module = self._shard(in_memory, learning_rate)
             for value in self.state_dict().values():
                 for shard in value.local_shards():
-                    prefer_huge_pages(shard.tensor)
+                    zero_in_huge_pages(shard.tensor.detach())
         if initialize:
             self._initialize()
         self._exchange: RowExchange | None = None

@@ -153,10 +153,14 @@ class Item2Vec:
         """(the part, its distinct rows, how many of them, the first, are of its tokens)."""
         num = -(-len(items.values) * self._num_negatives // NEGATIVE_REUSE)
         rows, index = deduplicate({"tokens": items.values, "negatives": self._sampler.draw(num, seed)})
-        tokens, negatives = (np.ascontiguousarray(index[name]) for name in ("tokens", "negatives"))
+        is_source = np.zeros(len(rows), bool)
+        is_source[index["tokens"]] = True
+        order = np.concatenate([np.flatnonzero(is_source), np.flatnonzero(~is_source)])
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
         nowhere = np.empty(0, np.int64)
-        part = _Part(tokens, items.offsets, negatives, nowhere, nowhere, seed)
-        return part, rows, int(tokens.max(initial=-1)) + 1
+        part = _Part(place[index["tokens"]], items.offsets, place[index["negatives"]], nowhere, nowhere, seed)
+        return part, rows[order], int(is_source.sum())
 
     def step(self, block: _Block, rate: float) -> tuple[float, int]:
         """Look the block's rows up, run SGD over its windows, add the difference to the tables.

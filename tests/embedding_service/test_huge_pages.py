@@ -1,4 +1,4 @@
-"""What the system was asked for is what it says of the memory."""
+"""Tables become zero, and the system says that their memory is in huge pages."""
 
 from __future__ import annotations
 
@@ -8,39 +8,62 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedding_service.huge_pages import prefer_huge_pages
+from cluster.rank import process_group
+from embedding_service.huge_pages import zero_in_huge_pages
+from embedding_service.sharding import ShardedTables
+from embedding_service.tables import TableSpec
 
-
-def test_small_tensors_are_left_alone() -> None:
-    assert not prefer_huge_pages(torch.zeros(1000))
-
-
-def flags_at(address: int) -> list[str]:
-    """What the system keeps of the mapping in which `address` lies."""
-    here = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
-            here = int(found[1], 16) <= address < int(found[2], 16)
-        elif here and line.startswith("VmFlags:"):
-            return line.split()[1:]
-    return []
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists() or not Path("/proc/self/smaps").exists(),
-    reason="the system has no huge pages to ask for",
+SYSTEM = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+needs_huge_pages = pytest.mark.skipif(
+    not SYSTEM.exists() or "[never]" in SYSTEM.read_text(), reason="the system has no huge pages to ask for"
 )
-def test_a_large_tensor_is_marked_for_huge_pages() -> None:
-    tensor = torch.empty(64 * 2**20, dtype=torch.uint8)
-    middle = tensor.data_ptr() + 32 * 2**20
-    assert prefer_huge_pages(tensor)
-    assert "hg" in flags_at(middle)
 
 
-def test_a_large_tensor_keeps_what_is_in_it() -> None:
-    tensor = torch.arange(5_000_000)
-    views = tensor[7:9], tensor[-1:]
-    prefer_huge_pages(tensor)  # whether the system has any is its own business
-    assert torch.equal(tensor, torch.arange(5_000_000))
-    tensor[8] = -1
-    assert [view.tolist() for view in views] == [[7, -1], [4_999_999]]
+def mapping_at(address: int) -> dict[str, str]:
+    """What the system says of the mapping in which `address` lies, as /proc/self/smaps has it."""
+    here, found = False, {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(span[1], 16) <= address < int(span[2], 16)
+        elif here:
+            name, _, value = line.partition(":")
+            found[name] = value.strip()
+    return found
+
+
+def test_small_tensors_become_zero_too() -> None:
+    tensor = torch.ones(1000)
+    assert not zero_in_huge_pages(tensor)
+    assert not tensor.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int64])
+def test_all_of_a_large_tensor_becomes_zero_and_nothing_beside_it(dtype: torch.dtype) -> None:
+    whole = torch.ones(9_000_001, dtype=dtype)
+    tensor = whole[1:-3]
+    zero_in_huge_pages(tensor)  # whether the system has any is its own business
+    assert not tensor.any()
+    assert whole[0] == 1
+    assert (whole[-3:] == 1).all()
+    tensor[5_000_000] = 7
+    assert whole[5_000_001] == 7
+
+
+@needs_huge_pages
+def test_memory_that_was_written_to_comes_anew_in_huge_pages() -> None:
+    tensor = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert zero_in_huge_pages(tensor)
+    tensor.fill_(1)
+    assert "hg" in mapping_at(tensor.data_ptr() + 32 * 2**20)["VmFlags"].split()
+
+
+@needs_huge_pages
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+def test_tables_are_asked_for_in_huge_pages_and_keep_their_first_rows(optimizer: str) -> None:
+    spec = TableSpec("item", 4_000_000, 4, 0.5, "fp16", "")
+    with process_group("cpu"):
+        tables = ShardedTables([spec], optimizer=optimizer, learning_rate=0.1, seed=3)  # type: ignore[arg-type]
+        (_, weights), *_ = tables.local_shards("item")
+        assert "hg" in mapping_at(weights.data_ptr() + weights.nbytes // 2)["VmFlags"].split()
+        assert 0.2 < float(weights[-1000:].float().abs().mean()) < 0.3  # uniform in -.5 .. .5
+        assert not tables.lookup_state({"item": torch.arange(3_999_000, 4_000_000)})["item"].any()
