@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from trainers.model_tables import check_disks, table_warnings
 from trainers.models import Model, Step, build_model, check_model, tables_of
 from trainers.objectives import schedule
 from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, prepare
+from trainers.session_batch import SessionBatch
 from trainers.sessions import SessionReader, read_ahead
 from trainers.start import start_from_files
 from trainers.table_report import lines_of, table_report
@@ -182,10 +185,18 @@ class _Run:
 
     def train(self) -> None:
         """Epochs of steps; a checkpoint now and then, a validation at an epoch's end."""
+        place, epochs = self.progress.position, self.config.train.epochs
+        windows = self.reader.windows(
+            place.epoch, place.window, num_epochs=epochs - place.epoch, to_rows=self.prepared.item_numbers
+        )
+        with closing(windows):  # type: ignore[type-var]
+            self._train(windows)
+
+    def _train(self, windows: Iterator[tuple[int, SessionBatch]]) -> None:
         for epoch in range(self.progress.position.epoch, self.config.train.epochs):
             if self._stopped_early():
                 break
-            for position, share, step in self._steps(epoch):
+            for position, share, step in self._steps(epoch, windows):
                 rate = self._rate(share)
                 loss, pairs = self.model.step(step, rate)
                 self.progress.position = position
@@ -220,29 +231,27 @@ class _Run:
         if self.evictions is not None:
             self.evictions.close()
 
-    def _steps(self, epoch: int) -> Iterator[tuple[Position, float, Step]]:
+    def _steps(self, epoch: int, windows: Iterator[tuple[int, SessionBatch]]) -> Iterator[tuple[Position, float, Step]]:
         """(position after the step, share of the training before it, the prepared step), read and prepared ahead."""
-        return read_ahead(self._prepared_steps(epoch))
+        return read_ahead(self._prepared_steps(epoch, windows))
 
-    def _prepared_steps(self, epoch: int) -> Iterator[tuple[Position, float, Step]]:
+    def _prepared_steps(
+        self, epoch: int, windows: Iterator[tuple[int, SessionBatch]]
+    ) -> Iterator[tuple[Position, float, Step]]:
         seed, world = self.config.train.seed, self.place.world_size
-        offset = self.progress.position.offset
-        windows = self.reader.windows(epoch, self.progress.position.window)
-        try:
-            for window, batch in windows:
-                sessions = self.prepared.rows(self.holdout.training(batch))
-                plan = self.model.plan(sessions, (seed, epoch, window))
-                self.num_trainable += plan.num_trainable
-                while offset < plan.size:
-                    stop = plan.stop_after(offset, world)
-                    step_seed = _mix(seed, epoch, window, offset, self.place.rank)
-                    step = self.model.prepare(plan.batch(offset, stop, self.place.rank, world), step_seed)
-                    share = self._share(Position(epoch, window, offset), plan.size)
-                    yield Position(epoch, window, stop), share, step
-                    offset = stop
-                offset = 0
-        finally:
-            windows.close()  # type: ignore[attr-defined]
+        offset, first = self.progress.position.offset, self.progress.position.window
+        for window, batch in itertools.islice(windows, self.reader.num_windows() - first):
+            sessions = self.prepared.rows(self.holdout.training(batch))
+            plan = self.model.plan(sessions, (seed, epoch, window))
+            self.num_trainable += plan.num_trainable
+            while offset < plan.size:
+                stop = plan.stop_after(offset, world)
+                step_seed = _mix(seed, epoch, window, offset, self.place.rank)
+                step = self.model.prepare(plan.batch(offset, stop, self.place.rank, world), step_seed)
+                share = self._share(Position(epoch, window, offset), plan.size)
+                yield Position(epoch, window, stop), share, step
+                offset = stop
+            offset = 0
 
     def _share(self, position: Position, window_size: int) -> float:
         """Share of the whole training before `position`: a pure function of the data, whatever the workers."""

@@ -59,7 +59,7 @@ class Prepared:
         return {**self.keys, **self.hashed_keys}
 
     def rows(self, batch: SessionBatch) -> Sessions:
-        """`batch` with rows in the place of keys."""
+        """`batch` with rows in the place of keys; of its items it may have the `item_numbers` already."""
         key_maps = self.key_maps
         return Sessions(
             self.item_rows(batch.items),
@@ -68,16 +68,21 @@ class Prepared:
         )
 
     def item_rows(self, items: Ragged) -> Ragged:
-        """Lists of item keys as lists of rows, without the unknown ones.
+        """Lists of item keys, or of their `item_numbers`, as lists of rows, without the unknown ones."""
+        rows = items.values if isinstance(items.values, np.ndarray) else self.item_numbers(items.values)
+        return items.with_values(rows).keep(rows >= 0)
+
+    def item_numbers(self, keys: pa.Array) -> np.ndarray:
+        """Rows of item keys [n] as training knows them, -1 for unknown ones: int64 [n].
 
         Rarer items than keys.min_count are unknown to training, also where the side table makes them candidates.
         """
-        keys = self.keys["item"]
-        rows = keys.rows(items.values)
-        unseen = (rows >= keys.num_seen) & (rows < len(keys.keys))
+        items = self.keys["item"]
+        rows = items.rows(keys)
+        unseen = (rows >= items.num_seen) & (rows < len(items.keys))
         if unseen.any():
-            rows[unseen] = len(keys.keys) if keys.unknown == "row" else -1
-        return items.with_values(rows).keep(rows >= 0)
+            rows[unseen] = len(items.keys) if items.unknown == "row" else -1
+        return rows
 
 
 def query_values(

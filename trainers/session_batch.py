@@ -54,7 +54,8 @@ class Field:
 
 @dataclass(frozen=True, eq=False)
 class SessionBatch:
-    """n sessions. Keys are int64 or large_string Arrow arrays, whatever their type in the file.
+    """n sessions. Keys are int64 or large_string Arrow arrays, whatever their type in the file; in the place of item
+    keys may be their rows, a numpy array of int64.
 
     `row_ids` int64 [n] is the number of a session in file order, bad rows counted. `user` [n] has no nulls; `time` [n]
     is timestamp[us] (UTC), int64 or float64 and has no nulls; `features` [n] are keys, large_lists of keys or of

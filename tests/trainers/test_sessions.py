@@ -107,6 +107,26 @@ def test_the_order_differs_between_epochs_and_seeds_and_mixes_chunks(tmp_path: P
     assert first_window != {row // 50 for row in orders[1][:250]}
 
 
+def test_windows_go_on_from_epoch_to_epoch(folder: Path) -> None:
+    reader = SessionReader(str(folder), COLUMNS, window_sessions=16)
+    several = [(window, content(batch)) for window, batch in reader.windows(1, 5, num_epochs=3)]
+    assert several == epoch_content(reader, 1, 5) + epoch_content(reader, 2) + epoch_content(reader, 3)
+    assert list(reader.windows(2, num_epochs=0)) == []
+
+
+def test_keys_become_rows_before_they_are_permuted(folder: Path) -> None:
+    def negated(keys: pa.Array) -> np.ndarray:
+        return -keys.to_numpy()
+
+    reader = SessionReader(str(folder), COLUMNS, window_sessions=16)
+    for window in range(reader.num_windows()):  # by turns: a chunk that windows share is not taken for the other kind
+        keys, rows = reader.read_window(0, window), reader.read_window(0, window, negated)
+        assert isinstance(rows.items.values, np.ndarray)
+        assert np.array_equal(rows.items.values, -keys.items.values.to_numpy())
+        assert np.array_equal(rows.items.offsets, keys.items.offsets)
+        assert np.array_equal(rows.row_ids, keys.row_ids)
+
+
 def test_a_chunk_larger_than_a_window_is_mixed_over_its_windows(tmp_path: Path) -> None:
     file = write_table(tmp_path / "part", numbered_sessions(1000), chunk=1000)
     reader = SessionReader(str(file), window_sessions=100)
