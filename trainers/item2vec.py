@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -132,35 +132,29 @@ class Item2Vec:
         """Draw negatives and find distinct rows, for each thread and for all; needs no other worker, so it can run
         ahead.
         """
-        items = batch.items
-        cuts = equal_shares(items.offsets, self._threads)
-        parts = [
-            self._part(items.slice(*cut), (seed * 1_000_003 + i) % 2**63)
-            for i, cut in enumerate(itertools.pairwise(cuts))
-        ]
-        source, source_places = deduplicate({str(i): rows[:sources] for i, (_, rows, sources) in enumerate(parts)})
-        target, target_places = deduplicate({str(i): rows for i, (_, rows, _) in enumerate(parts)})
-        return _Block(
-            source,
-            target,
-            tuple(
-                replace(part, source=source_places[str(i)], target=target_places[str(i)])
-                for i, (part, _, _) in enumerate(parts)
-            ),
-        )
-
-    def _part(self, items: Ragged, seed: int) -> tuple[_Part, np.ndarray, int]:
-        """(the part, its distinct rows, how many of them, the first, are of its tokens)."""
-        num = -(-len(items.values) * self._num_negatives // NEGATIVE_REUSE)
-        rows, index = deduplicate({"tokens": items.values, "negatives": self._sampler.draw(num, seed)})
-        is_source = np.zeros(len(rows), bool)
-        is_source[index["tokens"]] = True
-        order = np.concatenate([np.flatnonzero(is_source), np.flatnonzero(~is_source)])
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        nowhere = np.empty(0, np.int64)
-        part = _Part(place[index["tokens"]], items.offsets, place[index["negatives"]], nowhere, nowhere, seed)
-        return part, rows[order], int(is_source.sum())
+        cuts = equal_shares(batch.items.offsets, self._threads)
+        shares = [batch.items.slice(*cut) for cut in itertools.pairwise(cuts)]
+        seeds = [(seed * 1_000_003 + i) % 2**63 for i in range(len(shares))]
+        uses: dict[str, np.ndarray] = {}
+        for i, (items, own_seed) in enumerate(zip(shares, seeds, strict=True)):
+            num = -(-len(items.values) * self._num_negatives // NEGATIVE_REUSE)
+            uses |= {f"tokens {i}": items.values, f"negatives {i}": self._sampler.draw(num, own_seed)}
+        target, index = deduplicate(uses)
+        is_source = np.zeros(len(target), bool)
+        for i in range(len(shares)):
+            is_source[index[f"tokens {i}"]] = True
+        source_place = np.cumsum(is_source) - 1
+        parts = []
+        for i, (items, own_seed) in enumerate(zip(shares, seeds, strict=True)):
+            tokens, negatives = index[f"tokens {i}"], index[f"negatives {i}"]
+            own_sources, own = np.zeros(len(target), bool), np.zeros(len(target), bool)
+            own_sources[tokens] = own[tokens] = own[negatives] = True
+            first = np.flatnonzero(own_sources)
+            rows = np.concatenate([first, np.flatnonzero(own & ~own_sources)])
+            place = np.empty(len(target), np.int64)
+            place[rows] = np.arange(len(rows))
+            parts.append(_Part(place[tokens], items.offsets, place[negatives], source_place[first], rows, own_seed))
+        return _Block(target[is_source], target, tuple(parts))
 
     def step(self, block: _Block, rate: float) -> tuple[float, int]:
         """Look the block's rows up, run SGD over its windows, add the difference to the tables.
