@@ -77,21 +77,21 @@ def _stored(context: Any, number: Any, like: Any) -> _Code:
 
 
 @_intrinsic  # type: ignore[untyped-decorator]
-def _prefetch(context: Any, table: Any, row: Any) -> _Code:
-    """Have the CPU fetch the beginning of a row of a C-contiguous matrix; the program does not wait."""
+def prefetch(context: Any, array: Any, place: Any) -> _Code:
+    """Have the CPU fetch the memory where array[place] begins, in compiled code; the program does not wait."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(table)(context, builder, arguments[0])
-        width = builder.extract_value(array.strides, 0)
+        found = context.make_array(array)(context, builder, arguments[0])
+        stride = builder.extract_value(found.strides, 0)
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        place = builder.gep(builder.bitcast(array.data, byte), [builder.mul(arguments[1], width)])
+        address = builder.gep(builder.bitcast(found.data, byte), [builder.mul(arguments[1], stride)])
         kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
         name = "llvm.prefetch.p0i8"
         fetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        builder.call(fetch, [place, word(0), word(3), word(1)])  # to be read, kept in all caches, of data
+        builder.call(fetch, [address, word(0), word(3), word(1)])  # to be read, kept in all caches, of data
         return context.get_dummy_value()
 
-    return types.void(table, types.int64), code
+    return types.void(array, types.int64), code
 
 
 @numba.njit(
@@ -102,7 +102,7 @@ def _prefetch(context: Any, table: Any, row: Any) -> _Code:
 def _take_rows(weights: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
     for i in range(rows.size):
         if i + _AHEAD < rows.size:
-            _prefetch(weights, rows[i + _AHEAD])
+            prefetch(weights, rows[i + _AHEAD])
         row = np.uint64(rows[i])  # unsigned: numba need not ask whether an index counts from the end
         for d in range(weights.shape[1]):
             out[i, d] = weights[row, d]
@@ -130,9 +130,9 @@ def _update_rows(
     while i < order.size:
         if i + _AHEAD < order.size:
             coming = rows[np.uint64(order[i + _AHEAD])]
-            _prefetch(weights, coming)
+            prefetch(weights, coming)
             if state.shape[1] > 0:
-                _prefetch(state, coming)
+                prefetch(state, coming)
         place = np.uint64(order[i])
         row = np.uint64(rows[place])
         i += 1

@@ -13,12 +13,17 @@ from typing import Any
 import numba
 import numpy as np
 
-_LANES = 16  # float32 numbers in the widest vector register of a CPU
+from embedding_service.row_kernels import prefetch
+
+_LANES = 16  # float32 numbers in the widest vector register of a CPU, and in a line of its caches
+_FEW_LANES = 4
+_AHEAD = 2  # positions
 
 
 def padded(dim: int) -> int:
-    """The row length that `run_block` wants for vectors of dimension `dim`: the next multiple of 16."""
-    return -(-dim // _LANES) * _LANES
+    """The row length that `run_block` wants for vectors of dimension `dim`: the next multiple of 16; below 16, of 4."""
+    lanes = _LANES if dim > _LANES else _FEW_LANES
+    return -(-dim // lanes) * lanes
 
 
 def run_block(
@@ -48,7 +53,7 @@ def run_block(
         CBOW: every source_c += rate * sum_o g_o target_o      (word2vec's, not divided by the number of contexts)
 
     source: float32 [u, width] and target: float32 [v, width], C-contiguous, the distinct rows of the block with zeros
-    from the dimension to the width, a multiple of 16 (see `padded`); tokens: int64 [m] into both; offsets: int64
+    from the dimension to the width (see `padded`); tokens: int64 [m] into both; offsets: int64
     [n + 1], the sessions; negatives: int64 [q], a sample of rows of `target` that negatives are drawn from; frozen:
     whether `source`, and whether `target`, stay as they are. Returns the
     summed loss over a sixteenth of the targets and its number of positive pairs (query, target), and the number of
@@ -65,11 +70,16 @@ def run_block(
     return float(loss), int(pairs), int(contexts)
 
 
-@numba.njit("float32[:, ::1](float32[:, ::1], int64[::1])", nogil=True, cache=True)
 def take_rows(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """table[rows], padded for `run_block`: float32 [u, width]. table: float32 [n, dim]; rows: int64 [u]."""
+    taken: np.ndarray = _take_rows(table, rows, padded(table.shape[1]))
+    return taken
+
+
+@numba.njit("float32[:, ::1](float32[:, ::1], int64[::1], int64)", nogil=True, cache=True)
+def _take_rows(table: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:
     dim = table.shape[1]
-    out = np.zeros((rows.size, (dim + 15) // 16 * 16), np.float32)
+    out = np.zeros((rows.size, width), np.float32)
     for i in range(rows.size):
         out[i, :dim] = table[rows[i]]
     return out
@@ -114,8 +124,9 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
         outputs = np.zeros(columns * width, np.float32)
         change = np.zeros(reach * columns, np.float32)  # products, then rate * g
         context = np.zeros(reach, np.uint64)
-        output = np.zeros(columns, np.uint64)
         state = seed * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x1234567)
+        reach_of = np.zeros(longest + 1, np.int64)  # of each position of a session: how far its window reaches
+        drawn = np.zeros((longest + 1) * num_outputs, np.uint64)  # and its outputs' rows
         loss, num_pairs, num_contexts = 0.0, 0, 0
         for s in range(offsets.size - 1):
             begin, end = offsets[s], offsets[s + 1]
@@ -124,20 +135,32 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
                 reduced = end - begin
                 if window > 0:
                     reduced = window - np.int64(((state >> np.uint64(33)) * np.uint64(window)) >> np.uint64(31))
+                reach_of[t - begin] = reduced
+                if end - begin == 1:
+                    continue
+                first = (t - begin) * num_outputs
+                drawn[first] = np.uint64(tokens[t]) * step
+                for o in range(1, num_outputs):
+                    state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+                    place = ((state >> np.uint64(33)) * np.uint64(negatives.size)) >> np.uint64(31)
+                    drawn[first + o] = np.uint64(negatives[place]) * step
+            for t in range(begin, end if end - begin > 1 else begin):
+                if t + _AHEAD < end:  # rows lie anywhere in memory that is larger than the CPU's caches
+                    coming = t + _AHEAD - begin
+                    for o in range(coming * num_outputs, (coming + 1) * num_outputs):
+                        for d in range(0, width, _LANES):
+                            prefetch(target, np.int64(drawn[o]) + d)
+                    entering = tokens[min(end - 1, t + _AHEAD + reach_of[coming])] * width
+                    for d in range(0, width, _LANES):
+                        prefetch(source, entering + d)
                 found = 0
-                for c in range(max(begin, t - reduced), min(end, t + reduced + 1)):
+                for c in range(max(begin, t - reach_of[t - begin]), min(end, t + reach_of[t - begin] + 1)):
                     if c != t:
                         context[found] = np.uint64(tokens[c]) * step
                         found += 1
-                if found == 0:
-                    continue
                 num_contexts += found
-                own = np.uint64(tokens[t]) * step
-                output[0] = own
-                for o in range(1, num_outputs):
-                    state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
-                    drawn = ((state >> np.uint64(33)) * np.uint64(negatives.size)) >> np.uint64(31)
-                    output[o] = np.uint64(negatives[drawn]) * step
+                output = drawn[(t - begin) * num_outputs :]
+                own = output[0]
                 # copies of the rows as they are before the step
                 for o in range(num_outputs):
                     place, row = np.uint64(o) * step, output[o]
