@@ -15,6 +15,8 @@ Optimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
 Kernel = Literal["fused", "fused_uvm_caching"]
 
 _BYTES = {"fp32": 4, "fp16": 2}
+_DIGIT_BITS = 11  # of a radix sort: its counters fit the CPU's first cache
+_DIGIT = np.uint64((1 << _DIGIT_BITS) - 1)
 
 
 @dataclass(frozen=True)
@@ -83,43 +85,49 @@ def _fill_uniform(out: np.ndarray, first: np.uint64, key: np.uint64, scale: np.f
 def deduplicate(uses: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The distinct rows of several uses of one table, ascending, and each use as an index into them.
 
-    uses: name -> int64 [n]. Returns (int64 [u], name -> int64 [n]). Distinct rows make the exchange between workers
-    small and give the optimiser one gradient per row; ascending ones of a rank's shard lie together, and a table is
-    read and written from its beginning to its end.
+    uses: name -> int64 [n], from 0 on. Returns (int64 [u], name -> int64 [n]). Distinct rows make the exchange between
+    workers small and give the optimiser one gradient per row; ascending ones of a rank's shard lie together, and a
+    table is read and written from its beginning to its end.
     """
     rows = np.concatenate([np.empty(0, np.int64), *uses.values()])
     unique, inverse = _distinct(rows)
-    order = np.argsort(unique)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    unique, inverse = unique[order], rank[inverse]
     ends = np.cumsum([len(rows) for rows in uses.values()], dtype=np.int64)
     return unique, {name: inverse[end - len(uses[name]) : end] for name, end in zip(uses, ends, strict=True)}
 
 
 @numba.njit("Tuple((int64[::1], int64[::1]))(int64[::1])", nogil=True, cache=True)
 def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """np.unique(rows, return_inverse=True), but in order of appearance: open addressing needs no sort of all rows."""
-    bits = 4
-    while (1 << bits) < 2 * rows.size:
-        bits += 1
-    mask = np.uint64((1 << bits) - 1)
-    shift = np.uint64(64 - bits)
-    slots = np.full(1 << bits, -1, np.int64)
-    unique = np.empty(rows.size, np.int64)
-    inverse = np.empty(rows.size, np.int64)
-    count = 0
-    for i in range(rows.size):
-        row = rows[i]
-        slot = (np.uint64(row) * np.uint64(0x9E3779B97F4A7C15)) >> shift
-        while slots[slot] >= 0 and unique[slots[slot]] != row:
-            slot = (slot + np.uint64(1)) & mask
-        if slots[slot] < 0:
-            slots[slot] = count
-            unique[count] = row
-            count += 1
-        inverse[i] = slots[slot]
-    return unique[:count].copy(), inverse
+    """np.unique(rows, return_inverse=True) of rows from 0 on, by a radix sort: linear in their number."""
+    count = rows.size
+    highest = np.uint64(0)
+    for i in range(count):
+        highest = max(highest, np.uint64(rows[i]))
+    values, places = rows.astype(np.uint64), np.arange(count)
+    other_values, other_places = np.empty(count, np.uint64), np.empty(count, np.int64)
+    shift = np.uint64(0)
+    while shift < np.uint64(64) and highest >> shift > np.uint64(0):
+        starts = np.zeros((1 << _DIGIT_BITS) + 1, np.int64)
+        for i in range(count):
+            starts[((values[i] >> shift) & _DIGIT) + np.uint64(1)] += 1
+        for digit in range(1 << _DIGIT_BITS):
+            starts[digit + 1] += starts[digit]
+        for i in range(count):
+            digit = (values[i] >> shift) & _DIGIT
+            place = starts[digit]
+            starts[digit] = place + 1
+            other_values[place], other_places[place] = values[i], places[i]
+        values, other_values = other_values, values
+        places, other_places = other_places, places
+        shift += np.uint64(_DIGIT_BITS)
+    unique = np.empty(count, np.int64)
+    inverse = np.empty(count, np.int64)
+    num = 0
+    for i in range(count):
+        if i == 0 or values[i] != values[i - 1]:
+            unique[num] = np.int64(values[i])
+            num += 1
+        inverse[places[i]] = num - 1
+    return unique[:num].copy(), inverse
 
 
 def check_names(specs: Sequence[TableSpec]) -> None:

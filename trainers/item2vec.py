@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from embedding_service.mapped_tables import MappedTables
+from embedding_service.mapped_tables import MappedAsked, MappedTables
 from embedding_service.ragged import Ragged
 from embedding_service.row_maps import RowMap
 from embedding_service.sharding import MakeTables, ShardedTables
@@ -56,6 +56,7 @@ class _Block:
     source: np.ndarray
     target: np.ndarray
     parts: tuple[_Part, ...]
+    asked: MappedAsked  # `source` and `target`, as the tables are asked for them
 
     @property
     def num_examples(self) -> int:
@@ -129,9 +130,7 @@ class Item2Vec:
         )
 
     def prepare(self, batch: TokenBlock, seed: int) -> _Block:
-        """Draw negatives and find distinct rows, for each thread and for all; needs no other worker, so it can run
-        ahead.
-        """
+        """Draw negatives, find distinct rows, for each thread and for all, and tell the workers: it can run ahead."""
         cuts = equal_shares(batch.items.offsets, self._threads)
         shares = [batch.items.slice(*cut) for cut in itertools.pairwise(cuts)]
         seeds = [(seed * 1_000_003 + i) % 2**63 for i in range(len(shares))]
@@ -154,14 +153,16 @@ class Item2Vec:
             place = np.empty(len(target), np.int64)
             place[rows] = np.arange(len(rows))
             parts.append(_Part(place[tokens], items.offsets, place[negatives], source_place[first], rows, own_seed))
-        return _Block(target[is_source], target, tuple(parts))
+        source = target[is_source]
+        asked = self.tables.route({"input": torch.from_numpy(source), "output": torch.from_numpy(target)})
+        return _Block(source, target, tuple(parts), asked)
 
     def step(self, block: _Block, rate: float) -> tuple[float, int]:
         """Look the block's rows up, run SGD over its windows, add the difference to the tables.
 
         rate: factor on the peak learning rate. Returns (summed loss, its number of pairs) of a sample of the targets.
         """
-        found = self.tables.lookup({"input": torch.from_numpy(block.source), "output": torch.from_numpy(block.target)})
+        found = self.tables.lookup(block.asked)
         before = [found[name].detach().cpu().numpy() for name in ("input", "output")]
 
         num_parts = self._threads * dist.get_world_size()
