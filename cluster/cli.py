@@ -287,10 +287,18 @@ def _serve(args: Arguments) -> int:
         token_file=settings.token_file,
         read_token_file=settings.read_token_file,
         gates=gates,
+        metrics_port=settings.metrics_port,
+        probe_seconds=settings.probe_seconds,
+        probe_margin=settings.probe_margin,
+        log_format=settings.log_format,
+        log_file=str(Path(settings.log_file).absolute()) if settings.log_file else "",
+        access_log=settings.access_log,
     )
     with service:
         print(
             f"serving {args.path} at {service.address} (documentation: {service.address}/docs); Ctrl-C stops",
+            f"metrics for Prometheus at {', '.join(service.metrics_addresses)}",
+            sep="\n",
             flush=True,
         )
         service.wait()

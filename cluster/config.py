@@ -443,6 +443,18 @@ class ServeSettings:
     read_token_file: str = setting(
         "", "file with the token that questions ask for; empty: LEXSHARD_READ_TOKEN, and without it they are open"
     )
+    metrics_port: int = setting(
+        0, "where Prometheus asks for metrics, on 127.0.0.1; 0: any free port, told at start", low=0, high=65535
+    )
+    probe_seconds: float = setting(
+        60.0, "seconds between two measurements of the live indexes' recall on real queries; 0: none", low=0.0
+    )
+    probe_margin: float = setting(
+        0.05, "warn when that recall is this far below what export has measured", low=0.0, high=1.0
+    )
+    log_format: Literal["text", "json"] = setting("text", "lines of the log: for people, or JSON objects for programs")
+    log_file: str = setting("", "file that events, warnings and errors are appended to; empty: stderr")
+    access_log: bool = setting(False, "write a line for each request, which costs throughput")
     gates: GateSettings = GateSettings()
 
 

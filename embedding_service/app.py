@@ -22,7 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import LaunchError
+from cluster.errors import LaunchError, SettingError
+from cluster.metrics import RayMetrics, node_metrics_addresses
+from cluster.periodic import Periodic
 from embedding_service.artifact import Artifact
 from embedding_service.http_access import find_access
 from embedding_service.http_api import HttpApi
@@ -30,10 +32,14 @@ from embedding_service.http_artifact import http_api
 from embedding_service.http_management import Management
 from embedding_service.http_ports import check_port, high_throughput_environment
 from embedding_service.http_schema import Limits
-from embedding_service.http_service import HttpService
+from embedding_service.http_service import TIMED_ROUTES, HttpService
+from embedding_service.instruments import Instruments
 from embedding_service.live_versions import LiveVersions
 from embedding_service.overlay import Overlay
+from embedding_service.recall_probe import RecallProbe
 from embedding_service.service_args import ServiceArgs, begin_with, checked_args, store_of
+from embedding_service.service_logs import configure_logs
+from embedding_service.service_metrics import METRICS, PUBLISH_SECONDS, ServiceMetrics
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -54,6 +60,8 @@ class Replica:
 
     def __init__(self, args: dict[str, Any]) -> None:
         settings = ServiceArgs.model_validate(args)
+        configure_logs(settings.log_format, settings.log_file)
+        instruments = Instruments(TIMED_ROUTES)
         access = find_access(settings.token_file, settings.read_token_file)
         store = store_of(settings.artifact)
 
@@ -63,12 +71,20 @@ class Replica:
                 artifact = store.open(version, verify=verify)
             else:
                 artifact = Artifact.open(Path(settings.artifact), verify=verify)
-            return http_api(artifact, settings.limits(), threads=settings.threads, overlay=overlay)
+            return http_api(
+                artifact, settings.limits(), threads=settings.threads, overlay=overlay, instruments=instruments
+            )
 
         versions = LiveVersions(settings.start, open_version, store, verify=settings.verify)
-        gates = settings.gates.gates()
-        management = Management(versions, store, access, gates, admit_seconds=settings.admit_seconds)
-        self._service = HttpService(versions, management, access)
+        probe = RecallProbe(versions, margin=settings.probe_margin)
+        management = Management(
+            versions, store, access, settings.gates.gates(), admit_seconds=settings.admit_seconds, probe=probe
+        )
+        self._service = HttpService(versions, management, access, instruments, access_log=settings.access_log)
+        metrics, published = ServiceMetrics(instruments, versions, store, probe), RayMetrics(METRICS)
+        self._tasks = [Periodic("metrics", PUBLISH_SECONDS, lambda: published.publish(metrics.samples()))]
+        if settings.probe_seconds:
+            self._tasks.append(Periodic("recall-probe", settings.probe_seconds, probe.run))
 
     def __serve_build_asgi_app__(self) -> HttpService:
         return self._service
@@ -121,21 +137,23 @@ def serve_artifact(
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     threads: int = 0,
     address: str = "",
+    metrics_port: int = 0,
     **options: Any,
 ) -> Service:
     """Serve an artifact over HTTP and return once it answers; `Service.wait` then blocks until Ctrl-C or SIGTERM.
 
     `address` is a Ray cluster to join; without it, and if this process has not joined one, a local Ray is started,
     and stopped with the service. `threads` per replica: 0 shares this machine's cores among the replicas. `options` are
-    further `ServiceArgs`: tokens and gates.
+    further `ServiceArgs`: tokens, gates, probe, logs. `metrics_port`: where a Ray that is started here answers
+    Prometheus, see `Service.metrics_addresses`; 0 is any free one.
 
     On the main thread SIGTERM is a KeyboardInterrupt from here until the service has stopped, and so never leaves
     HAProxy behind.
 
-    Raises ArtifactError for an artifact that cannot be served, SettingError (serve.port, serve.host) for an address
-    that cannot be bound, LaunchError if Ray or the service does not come up.
+    Raises ArtifactError for an artifact that cannot be served, SettingError (serve.port, serve.host,
+    serve.metrics_port) for an address that cannot be bound, LaunchError if Ray or the service does not come up.
     """
-    service = Service(host, port)
+    service = Service(host, port, metrics_port)
     service.catch_sigterm()
     try:
         Artifact.open(path)
@@ -160,10 +178,11 @@ def _args_of(path: str | Path, *, replicas: int, threads: int, limits: Limits) -
 class Service:
     """A running service; leaving its context stops it."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, metrics_port: int = 0) -> None:
         reachable = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
         self.address = f"http://{reachable}:{port}"
         self._host, self._port, self._reachable = host, port, reachable
+        self._metrics_port = metrics_port
         self._owns_ray = self._own_cluster = self._deployed = False
         self._mark = uuid.uuid4().hex  # in the environment of Serve's processes
         self._former_sigterm: Any = None
@@ -188,6 +207,11 @@ class Service:
 
         from cluster.local_ray import start_local_ray
 
+        if self._metrics_port:
+            if address or ray.is_initialized():
+                message = "is that of a Ray started here; of one that runs `ray start --metrics-export-port` has set it"
+                raise SettingError("serve.metrics_port", message)
+            check_port("127.0.0.1", self._metrics_port, "serve.metrics_port")
         if not ray.is_initialized():
             needed = int(args["replicas"]) * int(args["threads"])
             self._owns_ray, self._own_cluster = True, not address
@@ -198,6 +222,7 @@ class Service:
                     start_local_ray(
                         num_cpus=max(os.cpu_count() or 1, needed),
                         logging_level=logging.WARNING,
+                        _metrics_export_port=self._metrics_port or None,
                         _system_config={"worker_niceness": 0},  # Ray's default of 15 is meant for batch work
                     )
             except (ConnectionError, RuntimeError, ValueError) as error:
@@ -219,6 +244,11 @@ class Service:
         except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
             raise LaunchError(f"the service did not start: {_reason(error)}") from error
         self._await_answer(time.monotonic() + _START_SECONDS)
+
+    @property
+    def metrics_addresses(self) -> list[str]:
+        """What Prometheus scrapes, one for each node; while the service runs."""
+        return node_metrics_addresses()
 
     def wait(self) -> None:
         """Block until Ctrl-C or SIGTERM. Call it from the main thread."""

@@ -49,6 +49,7 @@ from embedding_service.http_openapi import openapi
 from embedding_service.http_queries import Queries, Retrieval, Single, Work
 from embedding_service.http_schema import ARROW_TYPE, Catalogue, Limits, Problem, overloaded
 from embedding_service.http_turns import Turns
+from embedding_service.instruments import Instruments
 from embedding_service.keys import Vocabulary
 from embedding_service.selective import SelectiveRetriever
 
@@ -79,15 +80,19 @@ class HttpApi:
         threads: int = 1,
         selective: SelectiveRetriever | None = None,
         page: Page | None = None,
+        instruments: Instruments | None = None,
     ) -> None:
         """`items`, `users`: the key maps of the catalogue; `threads`: how many large requests are worked on at once;
-        `page`: what is served for people to look at.
+        `page`: what is served for people to look at; `instruments` are told how long things take.
         """
-        self._queries = queries = Queries(retriever, catalogue, items, users, limits=limits, selective=selective)
+        self._instruments = instruments = instruments or Instruments()
+        self._queries = queries = Queries(
+            retriever, catalogue, items, users, limits=limits, selective=selective, instruments=instruments
+        )
         self.selective = selective
         self._retriever, self._items, self._limits = retriever, items, limits
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="retrieval")
-        self._num_waiting = 0  # requests in threads, or on their way there
+        self.num_waiting = 0  # requests in threads, or on their way there
         self._call_seconds = self._query_seconds = 0.0  # what a call takes, and each query in it
         self._turns = Turns(queries.answers, self._is_quick, self._pool)
         self.document = openapi(catalogue, queries.models, limits)
@@ -158,7 +163,10 @@ class HttpApi:
         method, path = scope["method"], path_of(scope)
         if method == "GET":
             if get := self._gets.get(path):
-                return await self._run(get(parameters(scope["query_string"])))
+                start = time.perf_counter()
+                asked = get(parameters(scope["query_string"]))
+                self._instruments.parse.since(start)
+                return await self._run(asked)
             if page := self._pages.get(path):
                 return page
             if view := self._views.get(path):
@@ -172,8 +180,8 @@ class HttpApi:
             if (arrow := self._arrow_posts.get(path)) and content_type(scope) == ARROW_TYPE:
                 check = partial(arrow, body, parameters(scope["query_string"]))
             if len(body) > _INLINE_BODY_BYTES:  # parsing alone takes a while
-                return await self._in_thread(lambda: self._answer(check()))
-            return await self._run(check())
+                return await self._in_thread(lambda: self._answer(self._checked(check)))
+            return await self._run(self._checked(check))
         raise self._no_such(method, path)
 
     async def _run(self, work: Work | Single) -> Response:
@@ -183,10 +191,20 @@ class HttpApi:
             return self._answer(work)
         return await self._in_thread(lambda: self._answer(work))
 
+    def _checked(self, check: Callable[[], Work | Single]) -> Work | Single:
+        start = time.perf_counter()
+        work = check()
+        self._instruments.parse.since(start)
+        return work
+
     def _answer(self, work: Work | Single) -> Response:
         if isinstance(work, Single):
             return _ok(self._queries.answers(work.group, [work.query])[0])
-        return _ok(work.answer())
+        answer = work.answer()
+        start = time.perf_counter()
+        response = _ok(answer)
+        self._instruments.render.since(start)
+        return response
 
     def _is_quick(self, num_queries: int) -> bool:
         return self._call_seconds + num_queries * self._query_seconds <= _INLINE_SECONDS
@@ -196,9 +214,9 @@ class HttpApi:
 
         A task that has begun is not interrupted; one that nobody waits for any more does not begin.
         """
-        if self._num_waiting >= self._limits.max_waiting:
-            raise overloaded(f"{self._num_waiting} large requests wait already; come back in a moment")
-        self._num_waiting += 1
+        if self.num_waiting >= self._limits.max_waiting:
+            raise overloaded(f"{self.num_waiting} large requests wait already; come back in a moment")
+        self.num_waiting += 1
         work = asyncio.get_running_loop().run_in_executor(self._pool, task)
         try:
             return await asyncio.wait_for(work, self._limits.timeout_seconds)
@@ -206,7 +224,7 @@ class HttpApi:
             seconds = self._limits.timeout_seconds
             raise overloaded(f"not answered within {seconds:g} s, the limit: ask for less at a time") from None
         finally:
-            self._num_waiting -= 1
+            self.num_waiting -= 1
 
     def _no_such(self, method: str, path: str) -> Problem:
         gets = self._gets.keys() | self._views.keys() | self._pages.keys()

@@ -13,6 +13,7 @@ from embedding_service.hashed_keys import KeyMap
 from embedding_service.http_api import HttpApi
 from embedding_service.http_page import Page
 from embedding_service.http_schema import Catalogue, FeatureType, Limits
+from embedding_service.instruments import Instruments
 from embedding_service.overlay import Overlay
 from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
 from embedding_service.selective import SelectiveRetriever
@@ -25,8 +26,9 @@ def http_api(
     *,
     threads: int = 1,
     overlay: Overlay | None = None,
+    instruments: Instruments | None = None,
 ) -> HttpApi:
-    """The ASGI application over `artifact` and the changes to its items, warmed up.
+    """The ASGI application over `artifact` and the changes to its items, warmed up; it fills in `instruments`.
 
     Raises ArtifactError for one that lacks an index or a tower, or whose attributes cannot be read.
     """
@@ -63,6 +65,7 @@ def http_api(
     )
     listed = ATTRIBUTES in manifest["files"]
     attributes = Attributes.read(artifact.path / ATTRIBUTES, items) if listed else None
+    instruments = instruments or Instruments()
     retriever = Retriever(artifact, threads=threads)
     selective = SelectiveRetriever(retriever, overlay or Overlay(), attributes)
     api = HttpApi(
@@ -74,8 +77,10 @@ def http_api(
         threads=max(2, threads),
         selective=selective,
         page=Page(artifact, items, artifact.map()),
+        instruments=instruments,
     )
     api.warm_up()
+    retriever.tell(instruments)  # the questions of warming up were nobody's
     return api
 
 

@@ -18,9 +18,10 @@ An activation takes seconds to minutes: it is answered with 202, and `GET /v1/ve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,9 @@ from embedding_service.http_openapi import Operation
 from embedding_service.http_schema import Key, Problem, Strict, parse_body
 from embedding_service.live_versions import LiveVersions, Loaded
 from embedding_service.manifest import MAX_MANIFEST_BYTES, parse_manifest
+from embedding_service.recall_probe import RecallProbe
 from embedding_service.selective import SelectiveRetriever
+from embedding_service.service_logs import log_event
 from embedding_service.traffic import figures
 from embedding_service.versions import VersionStore
 
@@ -121,9 +124,10 @@ class Management:
         gates: Gates,
         *,
         admit_seconds: float,
+        probe: RecallProbe | None = None,
     ) -> None:
         self._versions, self._store, self._access, self._gates = versions, store, access, gates
-        self._admit_seconds = admit_seconds
+        self._admit_seconds, self._probe = admit_seconds, probe
         handlers: list[Handler] = [
             self._list, self._publish, self._activate, self._canary, self._roll_back, self._remove,
             self._items, self._add_item, self._delete_items, self._feedback,
@@ -153,7 +157,9 @@ class Management:
         asked, store = parse_body(Publish, body), self._required_store()
         now = self._versions.now
         served = {self._versions.start, now.live.version, *([now.canary.version] if now.canary is not None else [])}
-        version = await _file_work(partial(store.publish, asked.source, served=served))
+        with _refusal("publish", source=asked.source):
+            version = await _file_work(partial(store.publish, asked.source, served=served))
+        log_event(logger, "published", version=version, source=asked.source)
         return json_response({"version": version}, 201)
 
     async def _activate(self, body: bytes) -> Response:
@@ -164,18 +170,23 @@ class Management:
         if asked.share:
             return await self._start(asked, share=asked.share)
         await _file_work(lambda: self._required_store().set_canary("", 0.0, start=self._versions.start))
+        log_event(logger, "canary_ended")
         await asyncio.to_thread(self._versions.refresh)
         return json_response({"state": "ended"})
 
     async def _roll_back(self, body: bytes) -> Response:
         asked = parse_body(RollBack, body or b"{}")
-        state = await _file_work(self._required_store().roll_back, asked.live)
+        with _refusal("roll_back", version=asked.live or None):
+            state = await _file_work(self._required_store().roll_back, asked.live)
+        log_event(logger, "rolled_back", version=state.live, sequence=state.sequence)
         await asyncio.to_thread(self._versions.refresh)
         return json_response({"live": state.live, "sequence": state.sequence, "problem": self._versions.problem})
 
     async def _remove(self, body: bytes) -> Response:
         asked = parse_body(Remove, body)
-        await _file_work(self._required_store().remove, asked.version)
+        with _refusal("remove", version=asked.version):
+            await _file_work(self._required_store().remove, asked.version)
+        log_event(logger, "removed", version=asked.version)
         return json_response({"removed": asked.version})
 
     async def _items(self, _: bytes) -> Response:
@@ -272,11 +283,17 @@ class Management:
             self._versions.refresh()
             ended = "live" if share is None else "canary"
             self._note(asked.version, ended, forced=failed, figures=to_document(measured), **lost)
+            event = "activated" if share is None else "canary_started"
+            log_event(logger, event, version=asked.version, share=share, against=live, forced=failed or None)
         except (LexshardError, OSError, MemoryError) as error:
-            self._note(asked.version, "refused", reason=str(error) or type(error).__name__)
+            self._refuse(asked.version, str(error) or type(error).__name__)
         except Exception as error:  # a bug of ours must not leave it "checking" for ever
             logger.exception("activating %s failed", asked.version)
-            self._note(asked.version, "refused", reason=f"failed inside the service ({type(error).__name__})")
+            self._refuse(asked.version, f"failed inside the service ({type(error).__name__})")
+
+    def _refuse(self, version: str, reason: str) -> None:
+        self._note(version, "refused", reason=reason)
+        log_event(logger, "refused", level=logging.WARNING, asked="activate", version=version, reason=reason)
 
     def _measured(self, version: str, live: str) -> tuple[list[Figure], bool]:
         """The gates' figures of a version against the live one, and whether they were known from an earlier time."""
@@ -308,6 +325,10 @@ class Management:
                 "live": now.live.version,
                 "canary": now.canary.version if now.canary is not None else None,
                 "problem": self._versions.problem or None,
+                "recall": [
+                    {"version": version, "index": index, **probed.to_document()}
+                    for (version, index), probed in (self._probe.found if self._probe is not None else {}).items()
+                ],
             },
             "admission": store.admission() if store is not None else None,
             "num_versions": len(names),
@@ -341,6 +362,16 @@ class Management:
             message = "this service was started on the folder of one version; start it on the folder above it"
             raise Problem(409, "fixed_version", message)
         return self._store
+
+
+@contextlib.contextmanager
+def _refusal(asked: str, **fields: Any) -> Iterator[None]:
+    """Write a Problem that is the outcome down, too."""
+    try:
+        yield
+    except Problem as problem:
+        log_event(logger, "refused", level=logging.WARNING, asked=asked, **fields, reason=str(problem))
+        raise
 
 
 def _selective(loaded: Loaded) -> SelectiveRetriever:

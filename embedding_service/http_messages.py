@@ -17,7 +17,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = tuple[tuple[bytes, bytes], ...]
 
 REQUEST_ID = b"x-request-id"  # Serve gives one to every request that has none, and answers with it
-_MAX_ID = 200
+MAX_ID = 200
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,6 @@ def json_response(document: Any, status: int = 200) -> Response:
 def error_response(scope: Scope, problem: Problem) -> Response:
     """{"error": {"code", "message", "request_id"}}; the id where the request has one."""
     told = {"code": problem.code, "message": str(problem).encode(errors="replace").decode()}
-    if request_id := header(scope, REQUEST_ID)[:_MAX_ID]:
+    if request_id := header(scope, REQUEST_ID)[:MAX_ID]:
         told["request_id"] = request_id.decode("latin-1")
     return Response(problem.status, orjson.dumps({"error": told}), headers=problem.headers)

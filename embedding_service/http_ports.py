@@ -16,8 +16,8 @@ _MAX_CONNECTIONS = 20_000
 _FILES_PER_CONNECTION = 3  # file descriptors that HAProxy wants: 2.5 and a few
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise SettingError if `host`:`port` cannot be bound now."""
+def check_port(host: str, port: int, setting: str = "serve.port") -> None:
+    """Raise SettingError if `host`:`port`, which is that of `setting`, cannot be bound now."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -27,11 +27,9 @@ def check_port(host: str, port: int) -> None:
         raise SettingError("serve.host", f"{host!r} is not an address: {error.strerror}") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise SettingError(
-                "serve.port", f"{port} is in use on {host}: stop what runs there or take another"
-            ) from None
+            raise SettingError(setting, f"{port} is in use on {host}: stop what runs there or take another") from None
         if error.errno == errno.EACCES:
-            raise SettingError("serve.port", f"{port} may not be bound by this user: take one above 1023") from None
+            raise SettingError(setting, f"{port} may not be bound by this user: take one above 1023") from None
         raise SettingError("serve.host", f"{host} cannot be bound: {error.strerror}") from None
 
 

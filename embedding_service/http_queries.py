@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -10,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cluster.errors import KeyNotFound
 from embedding_service.hashed_keys import KeyMap
 from embedding_service.http_arrow import read_vectors, write_results
 from embedding_service.http_schema import Catalogue, Key, KeyType, Limits, Problem, RequestModels
+from embedding_service.instruments import Instruments
 from embedding_service.overlay import Changes
 from embedding_service.selective import MAX_DIVERSE, SelectiveRetriever, Wishes, num_scored
 
@@ -95,6 +98,7 @@ class Queries:
         *,
         limits: Limits,
         selective: SelectiveRetriever | None = None,
+        instruments: Instruments | None = None,
     ) -> None:
         """`items` and `users` are the key maps of the catalogue; `users` only where its query tower sees users.
 
@@ -102,6 +106,7 @@ class Queries:
         """
         self.models = RequestModels(catalogue, limits, wishes=selective is not None)
         self._selective = selective
+        self._instruments = instruments or Instruments()
         self._retriever, self._items, self._users = retriever, items, users
         self._catalogue, self._limits = catalogue, limits
         self._version = catalogue.version
@@ -149,9 +154,19 @@ class Queries:
                 return Single(Similar(asked.k), asked.key)
             key = [asked.key]
             self._check_size(1, asked.k, wishes)
+
+            def similar() -> Results:
+                try:
+                    found = self._wishing().similar(key, asked.k, wishes)
+                except KeyNotFound:
+                    self._note_not_found(key)
+                    raise
+                self._instruments.num_keys += 1
+                return found
+
             return Work(
                 1,
-                lambda: self._document({"items": _items(self._wishing().similar(key, asked.k, wishes))[0]}),
+                lambda: self._document({"items": self._listed(similar())[0]}),
                 is_plain=False,
             )
         return self._batch(len(asked.keys), asked.k, lambda: self._similar_batch(asked.keys, asked.k, wishes), wishes)
@@ -184,10 +199,13 @@ class Queries:
 
         def answer() -> bytes:
             found = self._answering.search(vectors, k)
+            start = time.perf_counter()
             scores = found.scores
             if found.lengths.min() < scores.shape[1]:
                 scores = scores[np.arange(scores.shape[1]) < found.lengths[:, None]]
-            return write_results(found.flat_keys, scores.ravel(), found.lengths, self._version)
+            written = write_results(found.flat_keys, scores.ravel(), found.lengths, self._version)
+            self._instruments.document.since(start)
+            return written
 
         return Work(len(vectors), answer)
 
@@ -231,8 +249,13 @@ class Queries:
     def answers(self, group: Similar | Recommend, queries: list[Any]) -> list[dict[str, Any]]:
         """The documents that answer single queries of one group. Raises KeyNotFound for an unknown key of `similar`."""
         if isinstance(group, Similar):
-            found = self._answering.similar(queries, group.k)
-            return [self._document({"items": items}) for items in _items(found)]
+            try:
+                found = self._answering.similar(queries, group.k)
+            except KeyNotFound:
+                self._note_not_found(queries)
+                raise
+            self._instruments.num_keys += len(queries)
+            return [self._document({"items": items}) for items in self._listed(found)]
         sessions = [session for session, _ in queries]
         users = [user for _, user in queries]
         given = None if users.count(None) == len(users) else users
@@ -269,7 +292,24 @@ class Queries:
         return self._selective
 
     def _search(self, vectors: npt.NDArray[np.float32], k: int, wishes: Wishes) -> list[list[dict[str, Any]]]:
-        return _items(self._wishing().search(vectors, k, wishes) if wishes else self._answering.search(vectors, k))
+        return self._listed(
+            self._wishing().search(vectors, k, wishes) if wishes else self._answering.search(vectors, k)
+        )
+
+    def _note_not_found(self, keys: Sequence[Key]) -> None:
+        """One of `keys` is unknown. Several are asked for again in parts (`http_turns`), and counted then."""
+        if len(keys) == 1:
+            self._instruments.num_keys += 1
+            self._instruments.num_unknown += 1
+
+    def _listed(self, results: Results) -> list[list[dict[str, Any]]]:
+        start = time.perf_counter()
+        items = [
+            [{"key": key, "score": score} for key, score in zip(keys, scores, strict=False)]
+            for keys, scores in zip(results.keys, results.scores.tolist(), strict=True)
+        ]
+        self._instruments.document.since(start)
+        return items
 
     def _changes(self) -> Changes:
         return self._selective.overlay.now if self._selective is not None else Changes()
@@ -299,13 +339,15 @@ class Queries:
                 for key, ok in zip(keys, known, strict=True)
             ]
         found = [key for key, ok in zip(keys, known, strict=True) if ok]
+        self._instruments.num_keys += len(keys)
+        self._instruments.num_unknown += len(keys) - len(found)
         answers: Iterator[list[dict[str, Any]]] = iter(())
         if found:
             if wishes or changes:
                 results: Results = self._wishing().similar(found, k, wishes, changes=changes)
             else:
                 results = self._retriever.similar(found, k)
-            answers = iter(_items(results))
+            answers = iter(self._listed(results))
         return [
             {"items": next(answers), "unknown": []} if ok else {"items": [], "unknown": [key]}
             for key, ok in zip(keys, known, strict=True)
@@ -327,8 +369,12 @@ class Queries:
             results: Results = self._wishing().recommend(sessions, k, wishes=wishes, changes=changes, **given)
         else:
             results = self._retriever.recommend(sessions, k, **given)
-        known = iter(_known(self._items, [key for session in sessions for key in session]))
+        named = [key for session in sessions for key in session]
+        known = iter(_known(self._items, named))
         unknown = [[key for key in session if not next(known)] for session in sessions]
+        self._instruments.num_keys += len(named)
+        if any(unknown):
+            self._instruments.num_unknown += sum(map(len, unknown))
         unknown_user = [False] * len(sessions)
         if users is not None and self._users is not None:
             unknown_user = [
@@ -337,7 +383,7 @@ class Queries:
         return [
             {"items": items, "cold_start": bool(cold), "unknown": keys, "unknown_user": no_user}
             for items, cold, keys, no_user in zip(
-                _items(results), results.cold_start, unknown, unknown_user, strict=True
+                self._listed(results), results.cold_start, unknown, unknown_user, strict=True
             )
         ]
 
@@ -384,13 +430,6 @@ def wishes_of(asked: Any) -> Wishes:
     if chosen is None:
         return Wishes(diversity=diversity)
     return Wishes(chosen.allow, chosen.deny, chosen.where, diversity)
-
-
-def _items(results: Results) -> list[list[dict[str, Any]]]:
-    return [
-        [{"key": key, "score": score} for key, score in zip(keys, scores, strict=False)]
-        for keys, scores in zip(results.keys, results.scores.tolist(), strict=True)
-    ]
 
 
 def _known(key_map: KeyMap, keys: Sequence[Any]) -> Iterable[bool]:

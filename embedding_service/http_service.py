@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from typing import Any
@@ -12,49 +13,96 @@ import orjson
 from embedding_service.http_access import Access
 from embedding_service.http_api import problem_of
 from embedding_service.http_management import OPERATIONS, Management
-from embedding_service.http_messages import ClientGone, Receive, Response, Scope, Send, error_response, header, path_of
+from embedding_service.http_messages import (
+    MAX_ID,
+    REQUEST_ID,
+    ClientGone,
+    Receive,
+    Response,
+    Scope,
+    Send,
+    error_response,
+    header,
+    path_of,
+)
 from embedding_service.http_openapi import with_management
+from embedding_service.instruments import Instruments
 from embedding_service.live_versions import LiveVersions, Loaded
+from embedding_service.service_logs import log_event
 from embedding_service.traffic import takes_canary
+
+logger = logging.getLogger(__name__)
 
 CALLER = b"x-caller-id"
 _CLICKABLE = frozenset(("/v1/recommend", "/v1/similar", "/v1/search"))
-_COUNTED = _CLICKABLE | {"/v1/embed"}
+TIMED_ROUTES = _CLICKABLE | {"/v1/embed"}
+ROUTES = TIMED_ROUTES | {operation.path for operation in OPERATIONS} | {
+    "/", "/page", "/docs", "/openapi.json", "/v1/health", "/v1/version", "/v1/figures", "/v1/map", "/v1/keys",
+}  # fmt: skip
 _OPEN = frozenset(("/v1/health",))  # asked by what looks after the service, which has no token
 
 
 class HttpService:
     """Any number of requests at once, in one event loop."""
 
-    def __init__(self, versions: LiveVersions, management: Management, access: Access) -> None:
+    def __init__(
+        self,
+        versions: LiveVersions,
+        management: Management,
+        access: Access,
+        instruments: Instruments | None = None,
+        *,
+        access_log: bool = False,
+    ) -> None:
+        """Every request is noted in `instruments`, with `access_log` also in the log."""
         self._versions, self._management, self._access = versions, management, access
+        self._instruments = instruments or Instruments(TIMED_ROUTES)
+        self._access_log = access_log
         self._documents: OrderedDict[str, Response] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._other(scope, receive, send)
-        path = path_of(scope)
+        path, start, status = path_of(scope), time.perf_counter(), 499
+        loaded: Loaded | None = None
         try:
-            if path in self._management.paths:
-                response = await self._management.respond(scope["method"], path, scope, receive)
-                return await response.send(send)
-            if self._access.read is not None and path not in _OPEN and not path.startswith("/page"):
-                self._access.check_read(scope)
-            caller = self._caller(scope)
-            if path == "/openapi.json" and scope["method"] == "GET":
-                return await self._document(self._choose(caller)).send(send)
-        except ClientGone:
-            return
-        except Exception as error:
-            return await error_response(scope, problem_of(error, scope)).send(send)
-        loaded = self._enter(caller)
-        start, status = time.perf_counter(), 499
-        try:
+            response = None
+            try:
+                if path in self._management.paths:
+                    response = await self._management.respond(scope["method"], path, scope, receive)
+                else:
+                    if self._access.read is not None and path not in _OPEN and not path.startswith("/page"):
+                        self._access.check_read(scope)
+                    caller = self._caller(scope)
+                    if path == "/openapi.json" and scope["method"] == "GET":
+                        response = self._document(self._choose(caller))
+            except ClientGone:
+                return
+            except Exception as error:
+                response = error_response(scope, problem_of(error, scope))
+            if response is not None:
+                await response.send(send)
+                status = response.status
+                return
+            loaded = self._enter(caller)
             status = await loaded.api(scope, receive, send)
         finally:
-            loaded.leave()
-            if path in _COUNTED:
-                loaded.tally.note(status, time.perf_counter() - start, recommends=path in _CLICKABLE)
+            seconds = time.perf_counter() - start
+            if loaded is not None:
+                loaded.leave()
+                if path in TIMED_ROUTES:
+                    loaded.tally.note(status, seconds, recommends=path in _CLICKABLE)
+            self._note(path, status, seconds, loaded, scope)
+
+    def _note(self, path: str, status: int, seconds: float, loaded: Loaded | None, scope: Scope) -> None:
+        version = loaded.version if loaded is not None else ""
+        route = path if path in ROUTES else "/page" if path.startswith("/page/") else "other"
+        self._instruments.note_request(version, route, status, seconds)
+        if self._access_log:
+            request_id = header(scope, REQUEST_ID)[:MAX_ID].decode("latin-1") or None
+            told: dict[str, Any] = {"request_id": request_id, "method": scope["method"][:20], "route": route}
+            ms = round(1e3 * seconds, 3)
+            log_event(logger, "request", **told, status=status, ms=ms, version=version or None)
 
     def _caller(self, scope: Scope) -> bytes:
         caller = _take_caller(scope) if b"caller=" in scope["query_string"] else b""

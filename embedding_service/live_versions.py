@@ -20,6 +20,7 @@ from typing import Any
 
 from cluster.errors import ArtifactError, LexshardError
 from embedding_service.http_api import HttpApi
+from embedding_service.service_logs import log_event
 from embedding_service.traffic import Tally
 from embedding_service.versions import Serving, VersionStore
 
@@ -86,10 +87,12 @@ class LiveVersions:
         self._here: dict[str, Loaded] = {}
         state = self._state()
         self.now = Now(self._load(state.live, verify=verify), sequence=-1)
+        self._told: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._watch, name="versions", daemon=True)
         if store is not None:
             self.refresh()
             self._thread.start()
+        self._tell()
 
     def preload(self, version: str, *, verify: bool) -> Loaded:
         """Have a version in memory, for a flip that follows. Raises ArtifactError if it does not load."""
@@ -112,6 +115,16 @@ class LiveVersions:
                 self.problem = str(error) or type(error).__name__
                 return
             self._retire(keep={state.live, state.canary, *state.previous[-1:]})
+            self._tell()
+
+    def _tell(self) -> None:
+        now = self.now
+        told: dict[str, Any] = {"version": now.live.version}
+        if now.canary is not None:
+            told |= {"canary": now.canary.version, "share": now.share}
+        if told != self._told:
+            self._told = told
+            log_event(logger, "serving", **told)
 
     def refresh_overlays(self) -> None:
         """Read what other processes have written; a damaged file is noted, and what was read before stays."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,13 +21,16 @@ from embedding_service import rank_kernels as kernels
 from embedding_service.artifact import Artifact
 from embedding_service.candidates import Candidates, first_unseen, num_fetched
 from embedding_service.exact import Float32, Int64, unit_length
+from embedding_service.instruments import Instruments
 from embedding_service.keys import Key, Vocabulary
 from embedding_service.mapped_vectors import MappedVectors
 from embedding_service.ragged import Ragged, offsets_of, take_values
+from embedding_service.reservoir import Reservoir
 from embedding_service.towers import LISTS, Given, InputRows, Sequences, Tower, input_rows, missing, says, weighted
 from embedding_service.vectors import VectorSet
 
 RECOMMEND, SIMILAR = "recommend", "similar"  # the names of the two indexes
+ASKED_QUERIES = 64  # of each index, kept for who wants to know what is asked (`recall_probe`)
 _FROM_SESSION = ("history", "last_item")
 
 
@@ -57,11 +61,13 @@ class Retriever:
     """Answers queries from one artifact. Safe to use from many threads.
 
     `exact=True` scores every candidate in place of asking the index. `threads`, by default one per core, share the work
-    of a batch.
+    of a batch. `asked` has a sample of what each index was searched for.
     """
 
     def __init__(self, artifact: Artifact, *, exact: bool = False, threads: int | None = None) -> None:
         self.artifact = artifact
+        self._instruments = Instruments()
+        self.asked = {name: Reservoir(ASKED_QUERIES) for name in artifact.manifest["indexes"]}
         self.version = artifact.version
         self._candidates: dict[str, Candidates] = {}
         self._catalogue: dict[str, Vocabulary] = {}
@@ -77,6 +83,12 @@ class Retriever:
         if self._encoder is not None and RECOMMEND in self._candidates:
             self._check_fit(self._encoder)
 
+    def tell(self, instruments: Instruments) -> None:
+        """From now on tell `instruments` how long things take. What was asked until now is forgotten."""
+        self._instruments = instruments
+        for asked in self.asked.values():
+            asked.take()
+
     def similar(self, keys: Sequence[Key], k: int = 10) -> Results:
         """The items nearest to each item of `keys`, itself left out. Raises KeyNotFound for the first unknown key."""
         candidates, catalogue = self._part(SIMILAR)
@@ -86,7 +98,7 @@ class Retriever:
             unknown = np.flatnonzero((rows < 0) | (rows >= candidates.rows))
             raise KeyNotFound(keys[unknown[0]], self._key_map_name(SIMILAR))
         own = Ragged(rows, np.arange(len(rows) + 1, dtype=np.int64))
-        return self._results(catalogue, *candidates.search_unseen(candidates.vectors.take(rows), k, own))
+        return self._results(catalogue, *self._search(SIMILAR, candidates.vectors.take(rows), k, own, rows))
 
     def search(self, vectors: npt.NDArray[np.floating], k: int = 10) -> Results:
         """The items that score highest with query vectors, float [n, dim] (or one, [dim]), under the recommend index.
@@ -101,7 +113,7 @@ class Retriever:
         finite = np.isfinite(queries).all(axis=1)
         if not finite.all():
             raise DataError(f"query vector {int(np.argmin(finite))} holds nan or an infinity")
-        return self._results(catalogue, *candidates.search(queries, k))
+        return self._results(catalogue, *self._search(RECOMMEND, queries, k, None))
 
     def recommend(
         self,
@@ -134,8 +146,7 @@ class Retriever:
         """The sessions of `recommend` as rows, as query vectors float32 [n, dim], and which say nothing known, [n]."""
         _, catalogue = self._part(RECOMMEND)
         history, single = self._asked(catalogue, sessions, users, features)
-        encoder = self._required_encoder()
-        return history, encoder.encode(history, single), ~encoder.knows(history, single)
+        return history, self._encode(history, single), ~self._required_encoder().knows(history, single)
 
     def _asked(
         self,
@@ -187,22 +198,43 @@ class Retriever:
         encoder = self._required_encoder()
         cold = ~encoder.knows(history, single)
         if not cold.any():
-            return *candidates.search_unseen(encoder.encode(history, single), k, exclude), cold
+            return *self._search(RECOMMEND, self._encode(history, single), k, exclude), cold
         n, k = len(history), min(k, candidates.rows)
         scores, rows = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
         warm, cold_members = np.flatnonzero(~cold), np.flatnonzero(cold)
         if len(warm):
-            queries = encoder.encode(
+            queries = self._encode(
                 history.take(warm), {name: take_values(value, warm) for name, value in single.items()}
             )
             seen = None if exclude is None else exclude.take(warm)
-            scores[warm], rows[warm] = candidates.search_unseen(queries, k, seen)
+            scores[warm], rows[warm] = self._search(RECOMMEND, queries, k, seen)
         seen = history.take(cold_members).tail(0) if exclude is None else exclude.take(cold_members)
         fetch = min(candidates.rows, int(num_fetched(k, seen.lengths).max()))
         frequent = np.broadcast_to(np.arange(fetch), (len(cold_members), fetch))  # rows are ordered by frequency
         counts = catalogue.counts[frequent].astype(np.float32)
         scores[cold_members], rows[cold_members] = first_unseen(counts, frequent, seen, k)
         return scores, rows, cold
+
+    def _encode(self, history: Ragged, single: Mapping[str, Given]) -> Float32:
+        start = time.perf_counter()
+        queries = self._required_encoder().encode(history, single)
+        self._instruments.encode.since(start)
+        return queries
+
+    def _search(
+        self, index: str, queries: Float32, k: int, seen: Ragged | None, own: Int64 | None = None
+    ) -> tuple[Float32, Int64]:
+        """`own`: the rows whose vectors the queries are."""
+        start = time.perf_counter()
+        found = self._candidates[index].search_unseen(queries, k, seen)
+        self._instruments.search.since(start)
+        self.asked[index].offer(queries, own)
+        return found
+
+    def note_search(self, index: str, queries: Float32, start: float, own: Int64 | None = None) -> None:
+        """A search of the index `index` for queries [n, dim] (of the rows `own` [n]) that has taken from `start` on."""
+        self._instruments.search.since(start)
+        self.asked[index].offer(queries, own)
 
     def _results(
         self, catalogue: Vocabulary, scores: Float32, rows: Int64, cold: npt.NDArray[np.bool_] | None = None

@@ -6,6 +6,7 @@ where k items are allowed, k are found.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -237,8 +238,11 @@ class SelectiveRetriever:
         allowed = self._allowed(index, wishes, changes)
         extra = self._extra(wishes, changes)
         pool = _pool(k, wishes)
+        start = time.perf_counter()
         scores, rows = search_allowed(candidates, metric, queries, pool, allowed.mask, seen, allowed_rows=allowed.rows)
         cold = np.zeros(len(queries), np.bool_) if cold is None else cold
+        own_rows = _own_rows(seen)[~cold] if index == SIMILAR and seen is not None else None
+        self.retriever.note_search(index, queries[~cold], start, own_rows)
         keys, lists = [], []
         for number, query in enumerate(queries):
             best, order, more = scores[number], rows[number], extra
@@ -335,6 +339,13 @@ class SelectiveRetriever:
     def _metric(self, index: str) -> Metric:
         metric: Metric = self.retriever.artifact.manifest["indexes"][index]["metric"]
         return metric
+
+
+def _own_rows(seen: Ragged) -> Int64:
+    """int64 [n]: the one row of each list; -1 of an empty one."""
+    rows = np.full(len(seen), -1, np.int64)
+    rows[seen.lengths > 0] = seen.values
+    return rows
 
 
 def _rows_of(catalogue: Vocabulary, keys: Sequence[Key]) -> Int64:

@@ -14,6 +14,7 @@ from embedding_service.artifact import MANIFEST, Artifact
 from embedding_service.gates import Gates
 from embedding_service.http_artifact import check_servable
 from embedding_service.http_schema import Limits
+from embedding_service.service_logs import LogFormat
 from embedding_service.versions import VersionStore
 
 
@@ -58,6 +59,11 @@ class ServiceArgs(_Args):
     read_token_file: str = Field("", description="the same for reading; else LEXSHARD_READ_TOKEN, else reading is open")
     admit_seconds: float = Field(1800.0, gt=0.0, description="within which a version must be checked and judged")
     gates: GateArgs = GateArgs()
+    probe_seconds: float = Field(60.0, ge=0.0, description="between two looks at the live indexes' recall; 0: none")
+    probe_margin: float = Field(0.05, ge=0.0, le=1.0, description="warn where it is so far below the export's figure")
+    log_format: LogFormat = Field("text", description="of a line in the log: for people, or json")
+    log_file: str = Field("", description="on every node, where replicas append to; empty: stderr, in Ray's log folder")
+    access_log: bool = Field(False, description="a line for each request")
     start: str = Field("", description="the version served where none was ever activated; found at deployment")
 
     def limits(self) -> Limits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 _BUCKETS_PER_OCTAVE = 4
 _SMALLEST_SECONDS = 1e-5
 _NUM_BUCKETS = 24 * _BUCKETS_PER_OCTAVE  # up to 168 s
+_BOUNDS_SECONDS = [_SMALLEST_SECONDS * 2.0 ** (i / _BUCKETS_PER_OCTAVE) for i in range(1, _NUM_BUCKETS)]
 _REMEMBERED = 100_000  # request ids whose first click was counted
 
 
@@ -53,8 +55,7 @@ class Tally:
             self.failed += 1
         elif recommends and status == 200:
             self.answered += 1
-        octaves = math.log2(seconds / _SMALLEST_SECONDS) if seconds > _SMALLEST_SECONDS else 0.0
-        self._buckets[min(_NUM_BUCKETS - 1, int(octaves * _BUCKETS_PER_OCTAVE))] += 1
+        self._buckets[bisect_right(_BOUNDS_SECONDS, seconds)] += 1
 
     def note_click(self, request_id: str) -> None:
         """A click on an answer; only the first one on each request makes it a clicked one."""

@@ -11,7 +11,8 @@ from embedding_service.http_api import HttpApi
 from embedding_service.http_artifact import http_api
 from embedding_service.http_management import Management
 from embedding_service.http_schema import Limits
-from embedding_service.http_service import HttpService
+from embedding_service.http_service import TIMED_ROUTES, HttpService
+from embedding_service.instruments import Instruments
 from embedding_service.live_versions import LiveVersions
 from embedding_service.overlay import Overlay
 from embedding_service.versions import VersionStore
@@ -24,19 +25,33 @@ LIMITS = Limits(max_k=50, max_batch=100)
 class LocalService:
     """One replica's part of a service; `restart` is what another replica, or a later one, would be."""
 
-    def __init__(self, root: Path, start: str, *, read_token: bytes | None = None, gates: Gates = Gates()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        root: Path,
+        start: str,
+        *,
+        read_token: bytes | None = None,
+        gates: Gates = Gates(),  # noqa: B008 (frozen)
+        access_log: bool = False,
+    ) -> None:
+        self._access_log = access_log
         self.root, self.store = root, VersionStore(root)
         self._start, self._access, self._gates = start, Access(TOKEN, read_token), gates
         self.restart()
 
     def restart(self) -> None:
+        self.instruments = Instruments(TIMED_ROUTES)
+
         def open_version(version: str, verify: bool) -> HttpApi:
             artifact = self.store.open(version, verify=verify)
-            return http_api(artifact, LIMITS, overlay=Overlay(self.store.overlay_file(version)))
+            overlay = Overlay(self.store.overlay_file(version))
+            return http_api(artifact, LIMITS, overlay=overlay, instruments=self.instruments)
 
         self.versions = LiveVersions(self._start, open_version, self.store)
         self.management = Management(self.versions, self.store, self._access, self._gates, admit_seconds=60.0)
-        self.app = HttpService(self.versions, self.management, self._access)
+        self.app = HttpService(
+            self.versions, self.management, self._access, self.instruments, access_log=self._access_log
+        )
 
     def ask(self, method: str, path: str, body: Any = b"", *, token: bytes = TOKEN, **headers: str) -> Reply:
         sent = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import psutil
 import pyarrow as pa
 import pytest
 import yaml  # type: ignore[import-untyped]
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.errors import ArtifactError, SettingError
 from embedding_service.app import Service, build, serve_artifact
@@ -29,8 +31,10 @@ from embedding_service.artifact import Artifact, ArtifactWriter
 from embedding_service.http_artifact import http_api
 from embedding_service.http_ports import check_port, high_throughput_environment
 from embedding_service.http_schema import ARROW_TYPE, Limits
+from embedding_service.instruments import BOUNDS_SECONDS
 from embedding_service.keys import Vocabulary
 from embedding_service.retrieval import Retriever
+from embedding_service.service_metrics import METRICS
 from embedding_service.towers import TowerInput, TowerSpec
 from tests.embedding_service.test_http_api import ask, keys_of
 from tests.embedding_service.test_http_arrow import column, stream
@@ -234,12 +238,18 @@ def _name(process: psutil.Process) -> str:
 
 
 @pytest.fixture(scope="module")
-def service(folder: Path) -> Iterator[Service]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log") / "service.log"
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path, log: Path) -> Iterator[Service]:
     import ray
 
     already = ray.is_initialized()
     limits = Limits(max_k=20, max_body_bytes=100_000)
-    with serve_artifact(folder.parent, port=free_port(), threads=1, limits=limits) as running:
+    told: dict[str, Any] = {"log_format": "json", "log_file": str(log), "probe_seconds": 1.0}
+    with serve_artifact(folder.parent, port=free_port(), threads=1, limits=limits, **told) as running:
         yield running
     assert ray.is_initialized() == already
     with pytest.raises(ConnectionRefusedError):
@@ -310,6 +320,50 @@ class TestService:
     def test_health_and_docs(self, service: Service, folder: Path) -> None:
         assert request(service, "GET", "/v1/health") == (200, {"status": "ok", "version": folder.name})
         assert request(service, "GET", "/openapi.json")[1]["info"]["version"] == folder.name
+
+    def test_events_are_written_where_they_are_asked_for(self, service: Service, folder: Path, log: Path) -> None:
+        first = json.loads(log.read_text().splitlines()[0])
+        assert (first["event"], first["version"], first["level"]) == ("serving", folder.name, "INFO")
+
+    def test_the_metrics_port_of_a_ray_that_runs_is_not_ours_to_choose(self, service: Service) -> None:
+        with pytest.raises(SettingError, match=r"^setting serve.metrics_port: is that of a Ray started here"):
+            Service("127.0.0.1", free_port(), free_port()).start({"replicas": 1, "threads": 1})
+
+    def test_prometheus_finds_what_is_declared(self, service: Service, folder: Path) -> None:
+        """From the replica over its node's agent, which passes metrics on every ten seconds."""
+        (address,) = service.metrics_addresses
+        assert address.startswith("http://127.0.0.1:")
+        assert request(service, "GET", "/v1/recommend?items=item-1&items=nope")[0] == 200
+        wanted = {"ray_lexshard_requests_total", "ray_lexshard_recall"}  # the probe's comes last
+        give_up = time.monotonic() + 60
+        found: dict[str, list[tuple[dict[str, str], float]]] = {}
+        while not wanted <= found.keys():
+            assert time.monotonic() < give_up, sorted(found)
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                text = answer.read().decode()
+            found = {}
+            for family in text_string_to_metric_families(text):
+                for name, labels, value, *_ in family.samples:
+                    if name.startswith("ray_lexshard_"):
+                        found.setdefault(name, []).append((labels, value))
+            threading.Event().wait(0.1)
+        declared = {name: set(labels) for metric in METRICS for name, labels in metric.exported.items()}
+        assert found.keys() <= declared.keys()
+        for name, series in found.items():
+            assert all(declared[name] | {"deployment", "replica"} <= labels.keys() for labels, _ in series), name
+        (live,) = {labels["version"] for labels, _ in found["ray_lexshard_live"]}
+        assert live == folder.name
+        recalls = {(labels["version"], labels["index"]): value for labels, value in found["ray_lexshard_recall"]}
+        assert recalls[folder.name, "recommend"] == 1.0  # a Flat index
+        (told, *_) = request(service, "GET", "/v1/versions")[1]["here"]["recall"]
+        assert (told["version"], told["recall"]) == (folder.name, 1.0)
+        buckets = {
+            labels["le"]: value
+            for labels, value in found["ray_lexshard_request_seconds_bucket"]
+            if labels["route"] == "/v1/recommend"
+        }
+        assert len(buckets) == len(BOUNDS_SECONDS) + 1
+        assert buckets["+Inf"] >= 1
 
     def test_a_second_application_beside_it(self, service: Service, folder: Path) -> None:
         """As a Serve config file would deploy it, under a route prefix."""

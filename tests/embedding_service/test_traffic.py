@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from scipy.stats import binomtest
 
@@ -51,3 +52,12 @@ def test_the_same_share_of_callers_every_time() -> None:
     assert not any(takes_canary(caller, "v2", 0.0) for caller in callers[:100])
     assert all(takes_canary(caller, "v2", 1.0) for caller in callers[:100])
     assert takes_canary(b"caller-3", "v2", 0.5) is takes_canary(b"caller-3", "v2", 0.5)
+
+
+def test_a_latency_falls_into_its_quarter_of_an_octave() -> None:
+    """Slow formula: floor(4 log2(seconds / 10 us)) of 96 buckets."""
+    for number, seconds in enumerate(np.geomspace(1.1e-6, 900.0, 997)):
+        tally = Tally()
+        tally.note(200, float(seconds), recommends=False)
+        (bucket,) = np.flatnonzero(tally.counts()["latency_buckets"])
+        assert bucket == np.clip(np.floor(4 * np.log2(seconds / 1e-5)), 0, 95), number
