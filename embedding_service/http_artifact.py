@@ -15,8 +15,11 @@ from embedding_service.http_page import Page
 from embedding_service.http_schema import Catalogue, FeatureType, Limits
 from embedding_service.overlay import Overlay
 from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
+from embedding_service.scatter import Scatter
 from embedding_service.selective import SelectiveRetriever
 from embedding_service.towers import LISTS, TowerInput
+
+WAITING_THREADS = 32  # requests at a time that wait for shards, mostly without work
 
 
 def http_api(
@@ -25,9 +28,11 @@ def http_api(
     *,
     threads: int = 1,
     overlay: Overlay | None = None,
+    scatter: Scatter | None = None,
 ) -> HttpApi:
     """The ASGI application over `artifact` and the changes to its items, warmed up.
 
+    `scatter`: the processes that hold its indexes in shards, which have loaded it; None: this one holds them.
     Raises ArtifactError for one that lacks an index or a tower, or whose attributes cannot be read.
     """
     check_servable(artifact)
@@ -63,7 +68,7 @@ def http_api(
     )
     listed = ATTRIBUTES in manifest["files"]
     attributes = Attributes.read(artifact.path / ATTRIBUTES, items) if listed else None
-    retriever = Retriever(artifact, threads=threads)
+    retriever = Retriever(artifact, threads=threads, elsewhere=None if scatter is None else scatter.candidates)
     selective = SelectiveRetriever(retriever, overlay or Overlay(), attributes)
     api = HttpApi(
         retriever,
@@ -71,9 +76,10 @@ def http_api(
         items,
         users,
         limits=limits,
-        threads=max(2, threads),
+        threads=max(2, threads) if scatter is None else WAITING_THREADS,
         selective=selective,
         page=Page(artifact, items, artifact.map()),
+        scatter=scatter,
     )
     api.warm_up()
     return api

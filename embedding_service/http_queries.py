@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from embedding_service.hashed_keys import KeyMap
 from embedding_service.http_arrow import read_vectors, write_results
 from embedding_service.http_schema import Catalogue, Key, KeyType, Limits, Problem, RequestModels
 from embedding_service.overlay import Changes
+from embedding_service.scatter import partial_now
 from embedding_service.selective import MAX_DIVERSE, SelectiveRetriever, Wishes, num_scored
 
 Parameters = list[tuple[str, str]]
@@ -187,7 +189,10 @@ class Queries:
             scores = found.scores
             if found.lengths.min() < scores.shape[1]:
                 scores = scores[np.arange(scores.shape[1]) < found.lengths[:, None]]
-            return write_results(found.flat_keys, scores.ravel(), found.lengths, self._version)
+            metadata = {"version": self._version}
+            if partial := partial_now():
+                metadata["partial"] = json.dumps(partial)
+            return write_results(found.flat_keys, scores.ravel(), found.lengths, metadata)
 
         return Work(len(vectors), answer)
 

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cluster.errors import DataError, KeyNotFound
-from embedding_service.allowed import search_allowed
 from embedding_service.attributes import Attributes, Mask, Value
 from embedding_service.diversity import mmr
 from embedding_service.exact import Float32, Int64, Metric, pair_scores, unit_length
@@ -237,7 +236,7 @@ class SelectiveRetriever:
         allowed = self._allowed(index, wishes, changes)
         extra = self._extra(wishes, changes)
         pool = _pool(k, wishes)
-        scores, rows = search_allowed(candidates, metric, queries, pool, allowed.mask, seen, allowed_rows=allowed.rows)
+        scores, rows = candidates.search_allowed(queries, pool, allowed.mask, seen, allowed_rows=allowed.rows)
         cold = np.zeros(len(queries), np.bool_) if cold is None else cold
         keys, lists = [], []
         for number, query in enumerate(queries):

@@ -294,6 +294,7 @@ def _write_indexes(writer: ArtifactWriter, model: Model, config: Config, prepare
             seed=config.train.seed,
             device=config.export.index_device,
             memory_bytes=memory,
+            shards=config.export.index_shards,
             on_progress=lambda text, share, index=index: _progress(f"{index}: {text}", share),  # type: ignore[misc]
             keep=work,
             **queries,
