@@ -103,9 +103,9 @@ class ShardReplica:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._searching, self._versions.search, version, index, question)
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Serve calls it every few seconds."""
-        self._versions.let_go()
+        await asyncio.to_thread(self._versions.let_go)
 
 
 def _scatter_over(shards: Sequence[DeploymentHandle[Any]], settings: ServiceArgs) -> Scatter:

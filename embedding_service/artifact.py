@@ -152,13 +152,15 @@ class Artifact:
             raise ArtifactError(f"{file}: does not fit the query tower's description ({error})") from None
         return tower.eval()
 
-    def index(self, name: str, shard: int = 0) -> VectorIndex:
-        """The index `name`, or its shard of that number. Raises ArtifactError if there is none or it misfits."""
+    def index(self, name: str, shard: int = 0, *, mapped: bool = False) -> VectorIndex:
+        """The index `name`, or its shard of that number, in memory or `mapped`. Raises ArtifactError if there is none
+        or it misfits.
+        """
         entry = self._entry("index", self._manifest.indexes, name)
         part = entry.shards[shard] if entry.shards else entry
         width = entry.dim + (part.arrangement == "augmented")
         check_index_file(self.path / part.file, rows=part.rows, width=width)
-        index = VectorIndex.load(self.path / part.file)
+        index = VectorIndex.load(self.path / part.file, mapped=mapped)
         found = (index.rows, index.dim, index.metric, index.arrangement, index.parameters)
         if found != (part.rows, entry.dim, entry.metric, part.arrangement, part.parameters):
             raise ArtifactError(f"{self.path / part.file}: holds {found}, not what the manifest says of it")

@@ -266,9 +266,10 @@ def _ok(answer: dict[str, Any] | bytes, partial: Mapping[str, Any] = _WHOLE) -> 
     """An answer that lacks what `partial` says, if anything; of a document that is marked already it is read there."""
     if isinstance(answer, bytes):
         return Response(200, answer, ARROW_TYPE.encode(), _partial_headers(partial))
-    if partial:
-        answer = _marked(answer, partial)
-    return Response(200, orjson.dumps(answer), headers=_partial_headers(answer.get("partial") or _WHOLE))
+    answer = _marked(answer, partial)
+    return Response(
+        200, orjson.dumps(answer), headers=_partial_headers(answer["partial"]) if "partial" in answer else ()
+    )
 
 
 def _marked(answer: dict[str, Any], partial: Mapping[str, Any]) -> dict[str, Any]:

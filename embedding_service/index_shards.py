@@ -2,8 +2,8 @@
 
 A catalogue whose index is too large for one machine is cut into contiguous ranges of rows, and every range has an index
 of its own, built at export (`export.index_shards`): building one takes the memory of one shard, and whoever holds a
-shard has only to read it, in seconds. Where a machine has the memory, one process may hold them all (`local`);
-`scatter` asks the processes that hold one range each.
+shard has only to read it, in seconds. `scatter` asks the processes that hold one range each. A process that opens them
+all (`local`: evaluation, gates, a service without shards) maps their files: what fits stays in memory.
 
 Merging is exact because a score depends on query and row alone (`exact`), so that the best k of all are among the best
 k of each: sort by (score descending, row ascending), as a search over all rows does.
@@ -50,10 +50,11 @@ class AnyCandidates(Protocol):
 class Question:
     """What one shard is asked: the best k of its rows for queries float32 [n, dim].
 
-    Rows are counted from the shard's first one. `seen` lists rows to leave out for each query; `allowed`: see `packed`;
-    None: all rows.
+    `part`: the rows of the catalogue that the shard is taken to have; here they are counted from the first of them.
+    `seen` lists those to leave out for each query; `allowed`: see `packed`; None: all rows.
     """
 
+    part: range
     queries: Float32
     k: int
     seen: Ragged | None = None
@@ -92,7 +93,7 @@ class ShardedCandidates:
 
         The end is padded with row -1 and score -inf where there are no more.
         """
-        return self._asked([Question(queries, k, _within(seen, part)) for part in self._ranges], k)
+        return self._asked([Question(part, queries, k, _within(seen, part)) for part in self._ranges], k)
 
     def search_allowed(
         self, queries: Float32, k: int, allowed: Mask, seen: Ragged | None, *, allowed_rows: Int64 | None = None
@@ -101,7 +102,7 @@ class ShardedCandidates:
         del allowed_rows  # the same by number
         return self._asked(
             [
-                Question(queries, k, _within(seen, part), packed(allowed[part.start : part.stop]))
+                Question(part, queries, k, _within(seen, part), packed(allowed[part.start : part.stop]))
                 for part in self._ranges
             ],
             k,
@@ -161,7 +162,7 @@ def local(
     exact: bool = False,
     pool: Executor | None = None,
     threads: int = 1,
-    shards: Sequence[int] | None = None,
+    shards: range | None = None,
 ) -> AnyCandidates:
     """What the index `name` chooses from, held by this process: all of its rows, or those of neighbouring `shards`.
 
@@ -171,17 +172,25 @@ def local(
     metric, vectors = entry["metric"], artifact.vectors(entry["vectors"])  # an unknown row behind is no candidate
     ranges = artifact.index_ranges(name)
     chosen = range(len(ranges)) if shards is None else shards
-    if exact or len(ranges) == 1:
-        rows = vectors.part(range(ranges[chosen[0]].start, ranges[chosen[-1]].stop))
-        return Candidates(rows, metric, None if exact else artifact.index(name), pool, threads)
-    held = [Candidates(vectors.part(ranges[i]), metric, artifact.index(name, i), pool, threads) for i in chosen]
-    first = ranges[chosen[0]].start
-    own = [range(ranges[i].start - first, ranges[i].stop - first) for i in chosen]
+    rows = rows_of(artifact, name, chosen)
+    if exact or len(chosen) == 1:
+        index = None if exact else artifact.index(name, chosen[0])
+        return Candidates(vectors.part(rows), metric, index, pool, threads)
+    held = []
+    for i in chosen:
+        index = artifact.index(name, i, mapped=shards is None)
+        held.append(Candidates(vectors.part(ranges[i]), metric, index, pool, threads))
     return ShardedCandidates(
-        vectors.part(range(first, ranges[chosen[-1]].stop)),
-        own,
+        vectors.part(rows),
+        [range(ranges[i].start - rows.start, ranges[i].stop - rows.start) for i in chosen],
         lambda questions: [one.answer(part) for one, part in zip(questions, held, strict=True)],
     )
+
+
+def rows_of(artifact: Artifact, name: str, shards: range) -> range:
+    """The rows of neighbouring shards of the index `name`."""
+    ranges = artifact.index_ranges(name)
+    return range(ranges[shards[0]].start, ranges[shards[-1]].stop)
 
 
 def shards_of(artifact: Artifact, name: str, number: int, count: int) -> range:

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from cluster.errors import ArtifactError
+from embedding_service.index_plan import MAX_SHARDS
 from embedding_service.row_maps import MAX_HASHES, RowMap
 from embedding_service.towers import LISTS, TowerInput, TowerSpec
 
 FORMAT = "lexshard.artifact"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 64 * 2**20
-MAX_SHARDS = 1024  # of an index
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,127}"
 Name = Annotated[str, StringConstraints(pattern=rf"^{_PART}$")]

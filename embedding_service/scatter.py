@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from cluster.errors import ArtifactError, LexshardError, ShardLost
 from embedding_service.artifact import Artifact
-from embedding_service.index_shards import Found, Question, ShardedCandidates, shards_of
+from embedding_service.index_shards import Found, Question, ShardedCandidates, rows_of, shards_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +82,8 @@ class Scatter:
 
     def candidates(self, artifact: Artifact, index: str) -> ShardedCandidates:
         """What an index of a version chooses from. Raises ArtifactError for one of too few shards."""
-        parts = artifact.index_ranges(index)
         held = [shards_of(artifact, index, number, self.num_shards) for number in range(self.num_shards)]
-        ranges = [range(parts[shards[0]].start, parts[shards[-1]].stop) for shards in held]
+        ranges = [rows_of(artifact, index, shards) for shards in held]
         vectors = artifact.vectors(artifact.manifest["indexes"][index]["vectors"]).head(ranges[-1].stop)
         version = artifact.path.name
 

@@ -14,8 +14,8 @@ from embedding_service.artifact import MANIFEST, Artifact
 from embedding_service.gates import Gates
 from embedding_service.http_artifact import check_servable
 from embedding_service.http_schema import Limits
+from embedding_service.index_plan import MAX_SHARDS
 from embedding_service.index_shards import shards_of
-from embedding_service.manifest import MAX_SHARDS
 from embedding_service.versions import VersionStore
 
 MAX_ONGOING = 256  # requests in a replica at a time, and as many that wait

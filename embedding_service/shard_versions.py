@@ -10,9 +10,9 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from cluster.errors import ArtifactError
+from cluster.errors import ArtifactError, ShardLost
 from embedding_service.artifact import Artifact
-from embedding_service.index_shards import AnyCandidates, Found, Question, local, shards_of
+from embedding_service.index_shards import AnyCandidates, Found, Question, local, rows_of, shards_of
 from embedding_service.service_args import ServiceArgs, store_of
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class ShardVersions:
         self._settings, self._number = settings, number
         self._store = store_of(settings.artifact)
         self._pool = ThreadPoolExecutor(settings.threads - 1) if settings.threads > 1 else None
-        self._here: dict[str, Mapping[str, AnyCandidates]] = {}
+        self._here: dict[str, Mapping[str, tuple[range, AnyCandidates]]] = {}
         self._idle: dict[str, int] = {}
         self._loading = threading.Lock()
         state = self._store.serving() if self._store is not None else None
@@ -50,13 +50,22 @@ class ShardVersions:
                 self._here[version] = self._open(version)
 
     def search(self, version: str, index: str, question: Question) -> Found:
-        """What the rows of this shard have for a question. Raises ArtifactError as `load` does."""
+        """What the rows of this shard have for a question.
+
+        Raises ArtifactError as `load` does, and ShardLost for a question to other rows: who asks was deployed for
+        another number of shards.
+        """
         self._idle[version] = 0
         held = self._here.get(version)
         if held is None:
             self.load(version)
             held = self._here[version]
-        return question.answer(held[index])
+        rows, candidates = held[index]
+        if question.part != rows:
+            raise ShardLost(
+                f"holds rows {rows.start}..{rows.stop} of index {index!r} and was asked for {question.part}"
+            )
+        return question.answer(candidates)
 
     def let_go(self) -> None:
         """Called at every health check: free the versions that are neither served nor asked for."""
@@ -77,17 +86,18 @@ class ShardVersions:
     def versions(self) -> list[str]:
         return sorted(self._here)
 
-    def _open(self, version: str) -> Mapping[str, AnyCandidates]:
+    def _open(self, version: str) -> Mapping[str, tuple[range, AnyCandidates]]:
         verify = self._settings.verify
         artifact = (
             self._store.open(version, verify=False)
             if self._store is not None
             else Artifact.open(self._settings.artifact, verify=False)
         )
-        held: dict[str, AnyCandidates] = {}
+        held = {}
         for name in artifact.manifest["indexes"]:
             shards = shards_of(artifact, name, self._number, self._settings.shards)
             for shard in shards if verify else ():
                 artifact.check_index(name, shard)
-            held[name] = local(artifact, name, pool=self._pool, threads=self._settings.threads, shards=shards)
+            candidates = local(artifact, name, pool=self._pool, threads=self._settings.threads, shards=shards)
+            held[name] = rows_of(artifact, name, shards), candidates
         return held

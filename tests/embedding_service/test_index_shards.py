@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ def parts_found(draw: st.DrawFn) -> tuple[list[list[tuple[float, int]]], int]:
     bounds = [0, *ends, len(scored)]
     parts = [
         sorted(((scored[row], row) for row in range(start, stop)), key=lambda one: (-one[0], one[1]))
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, stop in itertools.pairwise(bounds)
     ]
     return parts, draw(st.integers(1, 12))
 
@@ -103,9 +104,9 @@ def test_exact_search_by_range_is_exact_search(metric: Metric, sizes: tuple[int,
     vectors = clustered(40, 6, clusters=7, seed=0)
     vectors[30:] = vectors[:10]
     stored, ends = VectorSet(vectors, None, "fp32"), np.cumsum([0, *sizes])
-    ranges = [range(int(start), int(stop)) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+    ranges = [range(int(start), int(stop)) for start, stop in itertools.pairwise(ends)]
     sharded = ShardedCandidates(
-        stored, ranges, questioned([Candidates(stored.part(one), metric, None) for one in ranges])  # type: ignore[arg-type]
+        stored, ranges, questioned([Candidates(stored.part(one), metric, None) for one in ranges])
     )  # fmt: skip
     whole = Candidates(stored, metric, None)
     queries = vectors[:9]
@@ -223,7 +224,7 @@ def test_a_shard_that_was_built_is_not_built_again(tmp_path: Path, monkeypatch: 
         if len(built) == 2:
             raise KeyboardInterrupt
         built.append(source.rows)
-        return original(source, **options)  # type: ignore[arg-type]
+        return original(source, **options)
 
     monkeypatch.setattr(artifact_module, "tuned_index", building)
     (tmp_path / "kept").mkdir()
@@ -236,10 +237,10 @@ def test_a_shard_that_was_built_is_not_built_again(tmp_path: Path, monkeypatch: 
             asked = {"vectors": "item", "metric": "ip", "recall_target": 0.9, "recall_k": 5}
             if attempt == 0:
                 with pytest.raises(KeyboardInterrupt):
-                    writer.add_index("recommend", **asked, shards=3, keep=tmp_path / "kept")  # type: ignore[arg-type]
+                    writer.add_index("recommend", **asked, shards=3, keep=tmp_path / "kept")
             else:
                 built.clear()
-                writer.add_index("recommend", **asked, shards=3, keep=tmp_path / "kept")  # type: ignore[arg-type]
+                writer.add_index("recommend", **asked, shards=3, keep=tmp_path / "kept")
     assert built == [30]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cluster.errors import ArtifactError
+from cluster.errors import ArtifactError, ShardLost
 from embedding_service import shard_versions
 from embedding_service.artifact import Artifact
 from embedding_service.http_api import HttpApi
@@ -241,6 +241,15 @@ def test_a_shard_lets_go_of_what_is_neither_served_nor_asked(
     candidates = scatter.candidates(Artifact.open(root / "two"), "recommend")
     assert candidates.search(VECTORS, 3)[1].shape == (40, 3)  # a request on its way is answered nevertheless
     assert held.versions == ["one", "two"]
+
+
+def test_a_question_to_other_rows_is_not_answered(root: Path, holders: list[Holder]) -> None:
+    """As while a service with another number of shards takes the place of the one before."""
+    two = scatter_over(holders[:2], partial=False).candidates(Artifact.open(root / "one"), "recommend")
+    with pytest.raises(
+        ShardLost, match=r"shard 1 of 2 failed \(holds rows 166\.\.333 of index 'recommend' and was asked"
+    ):
+        two.search(VECTORS, 3)
 
 
 def test_a_shard_checks_the_checksums_of_its_own_files(tmp_path: Path) -> None:
