@@ -59,11 +59,11 @@ class Scatter:
 
     def __init__(self, sends: Sequence[Send], *, timeout_seconds: float, partial: bool, load_seconds: float) -> None:
         """timeout_seconds: within which a shard answers a question, and `load_seconds` within which it loads a version;
-        partial: whether answers may do without lost shards, as long as one is left.
+        partial: whether answers may do without lost shards, as long as one is left and somebody notes it.
         """
         self._sends = sends
         self._timeout, self._load_seconds, self._partial = timeout_seconds, load_seconds, partial
-        self._lost: dict[tuple[int, str], str] = {}  # (shard, version) -> why
+        self.lost: dict[tuple[int, str], str] = {}  # (shard, version) -> why
         self._watches: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="scatter", daemon=True).start()
@@ -93,16 +93,17 @@ class Scatter:
         return ShardedCandidates(vectors, ranges, ask)
 
     def _ask(self, version: str, index: str, questions: Sequence[Question]) -> list[Found | None]:
-        """What each shard has found, None for a lost one. Raises ShardLost."""
+        """What each shard has found, None for a lost one. Raises ShardLost; also where nobody notes what is missing."""
         found = self._wait(self._ask_all(version, index, questions))
         reasons = {number: one for number, one in enumerate(found) if isinstance(one, str)}
-        if reasons and not (self._partial and len(reasons) < self.num_shards):
+        if not reasons:
+            return [one for one in found if not isinstance(one, str)]
+        noted = _partial_here.get()
+        if noted is None or not self._partial or len(reasons) == self.num_shards:
             told = "; ".join(f"shard {number} of {self.num_shards} {reason}" for number, reason in reasons.items())
             raise ShardLost(f"{told}: it is started again by itself; ask again in a moment")
-        noted = _partial_here.get()
-        if reasons and noted is not None:
-            lost = sorted({*noted.get("lost_shards", ()), *reasons})
-            noted.update({"lost_shards": lost, "num_shards": self.num_shards})
+        lost = sorted({*noted.get("lost_shards", ()), *reasons})
+        noted.update({"lost_shards": lost, "num_shards": self.num_shards})
         return [None if isinstance(one, str) else one for one in found]
 
     def _wait(self, work: Any) -> Any:
@@ -114,7 +115,7 @@ class Scatter:
 
     async def _ask_one(self, number: int, version: str, index: str, question: Question) -> Found | str:
         """What it has found, or why it has not."""
-        if reason := self._lost.get((number, version)):
+        if reason := self.lost.get((number, version)):
             return reason
         try:
             async with asyncio.timeout(self._timeout):
@@ -124,9 +125,9 @@ class Scatter:
             reason = f"does not answer within {self._timeout:g} s"
         except Exception as error:  # whatever goes wrong in another process: it is told, and logged
             reason = f"failed ({_told(error)})"
-        if (number, version) not in self._lost:
+        if (number, version) not in self.lost:
             logger.error("shard %d of %d, version %s, %s", number, self.num_shards, version, reason)
-            self._lost[number, version] = reason
+            self.lost[number, version] = reason
             watch = asyncio.create_task(self._await_return(number, version))
             self._watches.add(watch)
             watch.add_done_callback(self._watches.discard)
@@ -134,17 +135,17 @@ class Scatter:
 
     async def _await_return(self, number: int, version: str) -> None:
         """Until the shard has the version, which takes a new process that has started and loaded it."""
-        while (number, version) in self._lost:
+        while (number, version) in self.lost:
             try:
                 async with asyncio.timeout(_RETURN_SECONDS):
                     await self._sends[number]("load", version)
                 logger.warning("shard %d of %d, version %s, is back", number, self.num_shards, version)
                 break
             except Exception as error:  # it stays lost, for this reason now
-                if (number, version) in self._lost and not isinstance(error, TimeoutError):
-                    self._lost[number, version] = f"failed ({_told(error)})"
+                if (number, version) in self.lost and not isinstance(error, TimeoutError):
+                    self.lost[number, version] = f"failed ({_told(error)})"
                 await asyncio.sleep(_PAUSE_SECONDS)
-        self._lost.pop((number, version), None)
+        self.lost.pop((number, version), None)
 
     async def _load_all(self, version: str) -> None:
         async def load(number: int) -> None:
@@ -164,8 +165,8 @@ class Scatter:
         await asyncio.gather(*(load(number) for number in range(self.num_shards)))
 
     def _forget(self, version: str) -> None:
-        for known in [known for known in self._lost if known[1] == version]:
-            del self._lost[known]
+        for known in [known for known in self.lost if known[1] == version]:
+            del self.lost[known]
 
 
 def _told(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from embedding_service.http_api import HttpApi
 from embedding_service.http_artifact import http_api
 from embedding_service.http_schema import ARROW_TYPE
 from embedding_service.live_versions import LiveVersions
-from embedding_service.scatter import Scatter
+from embedding_service.scatter import Scatter, noting_lost_shards
 from embedding_service.service_args import ServiceArgs
 from embedding_service.shard_versions import ShardVersions
 from embedding_service.versions import VersionStore
@@ -164,6 +165,17 @@ def test_or_errors_as_configured(root: Path, holders: list[Holder]) -> None:
     until(lambda: ask(api, "GET", "/v1/similar?key=i0003").status == 200)
 
 
+def test_what_cannot_be_marked_is_not_answered_in_part(root: Path, holders: list[Holder]) -> None:
+    """A new item's place, say, which is kept."""
+    candidates = scatter_over(holders).candidates(Artifact.open(root / "one"), "recommend")
+    holders[0].state = "dead"
+    with pytest.raises(ShardLost, match="shard 0 of 3 failed"):
+        candidates.search(VECTORS, 3)
+    with noting_lost_shards() as partial:
+        assert candidates.search(VECTORS, 3)[1].min() >= 166
+    assert partial == {"lost_shards": [0], "num_shards": SHARDS}
+
+
 def test_without_any_shard_there_is_no_partial_answer(root: Path, holders: list[Holder]) -> None:
     api = served(root, "one", scatter_over(holders))
     for holder in holders:
@@ -221,6 +233,56 @@ def test_versions_go_live_when_all_shards_have_them(root: Path, holders: list[Ho
     versions.close()
     store.roll_back()
     (root / ".serving" / "state.json").unlink()
+
+
+def test_flips_under_load_mix_no_versions(root: Path, tmp_path: Path) -> None:
+    """Every answer is one version's own, whichever was live when it was asked; a shard dies and returns meanwhile."""
+    for version in ("one", "two"):
+        shutil.copytree(root / version, tmp_path / version)
+    holders = [Holder(tmp_path, number) for number in range(SHARDS)]
+    scatter = scatter_over(holders, partial=False)
+    store = VersionStore(tmp_path)
+    versions = LiveVersions("one", lambda version, _: served(tmp_path, version, scatter), store)
+    body = {"sessions": [["i0003", "i0250"], ["i0400"]], "k": 40}
+
+    def asked(api: HttpApi) -> Reply:
+        return ask(api, "POST", "/v1/recommend", body)
+
+    expected = {name: asked(served(root, name, None)).json for name in ("one", "two")}
+    answers: Counter[str] = Counter()
+    wrong: list[Any] = []
+    ended = threading.Event()
+
+    def client() -> None:
+        while not ended.is_set():
+            reply = asked(versions.now.live.api)
+            if reply.status == 200:
+                answers[reply.json["version"]] += 1
+            if reply.status not in (200, 503) or (
+                reply.status == 200 and reply.json != expected[reply.json["version"]]
+            ):
+                wrong.append(reply)
+
+    clients = [threading.Thread(target=client, daemon=True) for _ in range(3)]
+    for one in clients:
+        one.start()
+    for number in range(10):
+        if number == 5:
+            holders[1].state = "dead"
+            until(lambda: scatter.lost != {})
+            holders[1].restart()
+        version = ("two", "one")[number % 2]
+        store.activate(version, start="one")
+        versions.refresh()
+        assert (versions.problem, versions.now.live.version) == ("", version)
+        enough = answers[version] + 5
+        until(lambda: answers[version] >= enough)  # noqa: B023
+    ended.set()
+    for one in clients:
+        one.join(LONG_SECONDS)
+    versions.close()
+    assert wrong == []
+    assert set(answers) == {"one", "two"}
 
 
 def test_a_shard_lets_go_of_what_is_neither_served_nor_asked(
