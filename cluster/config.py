@@ -388,6 +388,12 @@ class ExportSettings:
     memory_gib: float = setting(
         0.0, "GiB that building an index may take: auto keeps within it, others are refused; 0: no limit", low=0.0
     )
+    index_shards: int = setting(
+        1,
+        "parts of each index, built one after the other within memory_gib each, for serve.shards to hold; 1: one piece",
+        low=1,
+        high=1024,
+    )
     index_device: Literal["auto", "cpu", "gpu"] = setting(
         "auto", "where an index is built; auto: the GPU where there is one and FAISS has this kind for it"
     )
@@ -435,7 +441,20 @@ class ServeSettings:
 
     host: str = setting("127.0.0.1", "address to bind")
     port: int = setting(8000, "port to bind", low=1, high=65535)
-    replicas: int = setting(1, "replicas of the retrieval deployment", low=1)
+    replicas: int = setting(
+        1, "replicas of the retrieval deployment; the least number where max_replicas is set", low=1
+    )
+    max_replicas: int = setting(0, "Serve adds replicas under load, up to this many; 0: always `replicas`", low=0)
+    target_ongoing_requests: float = setting(
+        32.0, "requests at a time per replica that Serve aims at with max_replicas", low=0.01, high=256.0
+    )
+    shards: int = setting(
+        0, "processes that hold a part of each index (see export.index_shards); 0: every replica holds all", low=0
+    )
+    on_lost_shard: Literal["error", "partial"] = setting(
+        "error", "while a shard does not answer: 503, or what the others have, marked as partial"
+    )
+    shard_timeout_seconds: float = setting(5.0, "within which a shard answers; else it is lost", low=0.001)
     max_k: int = setting(1000, "largest k a request may ask for", low=1)
     max_batch: int = setting(10_000, "most queries in one request", low=1)
     max_body_bytes: int = setting(32 * 2**20, "largest request body", low=1024)

@@ -6,6 +6,7 @@
     ├── KeyNotFound               a key is not in the vocabulary                               (also a KeyError)
     ├── CheckpointError           a checkpoint is damaged, foreign or does not fit the run
     ├── ArtifactError             a served artifact is damaged, hostile or does not fit
+    ├── ShardLost                 a part of the index that another process holds does not answer
     ├── InstallationError         the installed packages do not work together
     └── LaunchError               workers could not be started, or failed more often than allowed
 
@@ -65,6 +66,10 @@ class CheckpointError(LexshardError):
 
 class ArtifactError(LexshardError):
     """A served artifact is damaged, hostile, or does not fit what is asked of it."""
+
+
+class ShardLost(LexshardError):
+    """A part of the index that another process holds does not answer; it is asked again when it does."""
 
 
 class InstallationError(LexshardError):

@@ -48,7 +48,9 @@ def admit(candidate: Path, live: Path | None, gates: Gates) -> list[Figure]:
     for name in artifact.manifest["vectors"]:
         _check_vectors(artifact, name)
     for name in artifact.manifest["indexes"]:
-        artifact.index(name).check_rows()
+        shards = len(artifact.index_ranges(name))
+        for shard in range(shards):
+            artifact.index(name, shard, mapped=shards > 1).check_rows()
     retriever = Retriever(artifact, threads=1)
     if ATTRIBUTES in artifact.manifest["files"]:
         Attributes.read(artifact.path / ATTRIBUTES, retriever.catalogue(RECOMMEND))

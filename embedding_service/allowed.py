@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from embedding_service.attributes import Mask
-from embedding_service.candidates import Candidates
 from embedding_service.exact import Float32, Int64, Metric, exact_search
 from embedding_service.ragged import Ragged
 from embedding_service.vectors import VectorSet
+
+if TYPE_CHECKING:
+    from embedding_service.candidates import Candidates
 
 EXACT_ROWS = 20_000  # so few are scored one by one
 EXACT_SHARE = 0.02  # of all rows, too: the index would look through fifty for each that it may show

@@ -4,11 +4,15 @@
 (deploy/serve.yaml). Both use Serve's high-throughput mode: HAProxy in front, one hop to the replica's own event loop.
 On two cores it answers about ten times as many requests as Serve's default Python proxy does.
 
+An index too large for one machine is held by deployments of its own, one for each shard (`shards`), which the replicas
+ask (`scatter`); Serve starts a shard that is lost again.
+
 Ray is imported inside functions: `lexshard serve` checks the artifact and the port before it waits for Ray.
 """
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import logging
 import os
@@ -17,7 +21,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -33,16 +38,20 @@ from embedding_service.http_management import Management
 from embedding_service.http_ports import check_port, high_throughput_environment
 from embedding_service.http_schema import Limits
 from embedding_service.http_service import TIMED_ROUTES, HttpService
+from embedding_service.index_shards import Found, Question
 from embedding_service.instruments import Instruments
 from embedding_service.live_versions import LiveVersions
 from embedding_service.overlay import Overlay
 from embedding_service.recall_probe import RecallProbe
-from embedding_service.service_args import ServiceArgs, begin_with, checked_args, store_of
+from embedding_service.scatter import Scatter, Send
+from embedding_service.service_args import MAX_ONGOING, ServiceArgs, begin_with, checked_args, store_of
 from embedding_service.service_logs import configure_logs
 from embedding_service.service_metrics import METRICS, PUBLISH_SECONDS, ServiceMetrics
+from embedding_service.shard_versions import ShardVersions
 
 if TYPE_CHECKING:
     from ray.serve import Application
+    from ray.serve.handle import DeploymentHandle
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +62,18 @@ _START_SECONDS = 120.0
 _STOP_SECONDS = 20.0  # twice what a replica takes at most
 _CHECK_SECONDS = 0.5
 _POLL_SECONDS = 0.05
+_SHARD_CHECK_SECONDS = 2.0  # within which Serve notices that a shard has ended
 
 
 class Replica:
     """One process that holds the versions that are served and answers HTTP."""
 
-    def __init__(self, args: dict[str, Any]) -> None:
+    def __init__(self, args: dict[str, Any], shards: Sequence[DeploymentHandle[Any]] = ()) -> None:
+        """`shards`: the deployments that hold the index, if this process does not."""
         settings = ServiceArgs.model_validate(args)
         configure_logs(settings.log_format, settings.log_file)
         instruments = Instruments(TIMED_ROUTES)
+        scatter = _scatter_over(shards, settings) if shards else None
         access = find_access(settings.token_file, settings.read_token_file)
         store = store_of(settings.artifact)
 
@@ -71,8 +83,15 @@ class Replica:
                 artifact = store.open(version, verify=verify)
             else:
                 artifact = Artifact.open(Path(settings.artifact), verify=verify)
+            if scatter is not None:
+                scatter.load(version)
             return http_api(
-                artifact, settings.limits(), threads=settings.threads, overlay=overlay, instruments=instruments
+                artifact,
+                settings.limits(),
+                threads=settings.threads,
+                overlay=overlay,
+                instruments=instruments,
+                scatter=scatter,
             )
 
         versions = LiveVersions(settings.start, open_version, store, verify=settings.verify)
@@ -90,6 +109,42 @@ class Replica:
         return self._service
 
 
+class ShardReplica:
+    """One process that holds shard `number` of every index, and answers the replicas alone."""
+
+    def __init__(self, args: dict[str, Any], number: int) -> None:
+        settings = ServiceArgs.model_validate(args)
+        configure_logs(settings.log_format, settings.log_file)
+        self._versions = ShardVersions(settings, number)
+        self._searching = ThreadPoolExecutor(max(2, settings.threads), thread_name_prefix="search")
+
+    async def load(self, version: str) -> None:
+        await asyncio.to_thread(self._versions.load, version)
+
+    async def search(self, version: str, index: str, question: Question) -> Found:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._searching, self._versions.search, version, index, question)
+
+    async def check_health(self) -> None:
+        """Serve calls it every few seconds."""
+        await asyncio.to_thread(self._versions.let_go)
+
+
+def _scatter_over(shards: Sequence[DeploymentHandle[Any]], settings: ServiceArgs) -> Scatter:
+    def send_to(handle: DeploymentHandle[Any]) -> Send:
+        async def send(method: str, *arguments: Any) -> Any:
+            return await handle.options(method_name=method).remote(*arguments)
+
+        return send
+
+    return Scatter(
+        [send_to(handle) for handle in shards],
+        timeout_seconds=settings.shard_timeout_seconds,
+        partial=settings.on_lost_shard == "partial",
+        load_seconds=settings.admit_seconds,
+    )
+
+
 def build(args: Mapping[str, Any]) -> Application:
     """The Serve application of a config file's `args`, see `ServiceArgs`.
 
@@ -101,26 +156,53 @@ def build(args: Mapping[str, Any]) -> Application:
 
     settings = begin_with(checked_args(args))
     find_access(settings.token_file, settings.read_token_file)
-    options = deployment_options(replicas=settings.replicas, threads=settings.threads, gpus=settings.gpus)
+    dumped = settings.model_dump()
+    options = deployment_options(
+        replicas=settings.replicas,
+        threads=settings.threads,
+        gpus=0.0 if settings.shards else settings.gpus,
+        max_replicas=settings.max_replicas,
+        target_ongoing_requests=settings.target_ongoing_requests,
+    )
+    held = deployment_options(threads=settings.threads, gpus=settings.gpus)
+    shards = []
+    for number in range(settings.shards):
+        named = {"name": f"shard-{number}", "max_queued_requests": -1, "health_check_period_s": _SHARD_CHECK_SECONDS}
+        shard: Any = serve.deployment(**held | named)
+        shards.append(shard(ShardReplica).bind(dumped, number))
     deployment: Any = serve.deployment(**options)  # typed as if it were called on the class itself
-    application: Application = deployment(serve.ingress()(Replica)).bind(settings.model_dump())
+    application: Application = deployment(serve.ingress()(Replica)).bind(dumped, shards)
     return application
 
 
-def deployment_options(*, replicas: int = 1, threads: int = 1, gpus: float = 0.0) -> dict[str, Any]:
-    """Options of `serve.deployment` for replicas in high-throughput mode, with that many threads in each."""
+def deployment_options(
+    *,
+    replicas: int = 1,
+    threads: int = 1,
+    gpus: float = 0.0,
+    max_replicas: int = 0,
+    target_ongoing_requests: float = ServiceArgs.model_fields["target_ongoing_requests"].default,
+) -> dict[str, Any]:
+    """Options of `serve.deployment` for replicas in high-throughput mode, with that many threads in each.
+
+    With `max_replicas` there are as many, from `replicas` on, as bring each near `target_ongoing_requests`.
+    """
     environment = {
         "OMP_NUM_THREADS": str(threads),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_LOG_TO_STDERR": "1",  # warnings and errors only, see _QUIET
     }
     resources = {"num_cpus": threads, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+    number: dict[str, Any] = {"num_replicas": replicas}
+    if max_replicas:
+        target = {"target_ongoing_requests": target_ongoing_requests}
+        number = {"autoscaling_config": {"min_replicas": replicas, "max_replicas": max_replicas, **target}}
     return {
         "name": "retrieval",
-        "num_replicas": replicas,
+        **number,
         "ray_actor_options": resources,
-        "max_ongoing_requests": 256,
-        "max_queued_requests": 256,  # more would only wait: they are told to come back
+        "max_ongoing_requests": MAX_ONGOING,
+        "max_queued_requests": MAX_ONGOING,  # more would only wait: they are told to come back
         "backpressure_config": {"status_code": 503, "retry_after_s": 1},
         "max_constructor_retry_count": 1,
         "graceful_shutdown_timeout_s": 10.0,
@@ -143,9 +225,9 @@ def serve_artifact(
     """Serve an artifact over HTTP and return once it answers; `Service.wait` then blocks until Ctrl-C or SIGTERM.
 
     `address` is a Ray cluster to join; without it, and if this process has not joined one, a local Ray is started,
-    and stopped with the service. `threads` per replica: 0 shares this machine's cores among the replicas. `options` are
-    further `ServiceArgs`: tokens, gates, probe, logs. `metrics_port`: where a Ray that is started here answers
-    Prometheus, see `Service.metrics_addresses`; 0 is any free one.
+    and stopped with the service. `threads` per process: 0 shares this machine's cores among replicas and shards.
+    `options` are further `ServiceArgs`: tokens, gates, autoscaling, shards, probe, logs. `metrics_port`: where a Ray
+    that is started here answers Prometheus, see `Service.metrics_addresses`; 0 is any free one.
 
     On the main thread SIGTERM is a KeyboardInterrupt from here until the service has stopped, and so never leaves
     HAProxy behind.
@@ -157,22 +239,17 @@ def serve_artifact(
     service.catch_sigterm()
     try:
         Artifact.open(path)
-        service.start(_args_of(path, replicas=replicas, threads=threads, limits=limits) | options, address)
+        service.start(_args_of(path, threads, replicas=replicas, **vars(limits), **options), address)
     except BaseException:
         service.stop()
         raise
     return service
 
 
-def _args_of(path: str | Path, *, replicas: int, threads: int, limits: Limits) -> dict[str, Any]:
-    """`args` of `build`."""
-    return {
-        "artifact": str(path),
-        "replicas": replicas,
-        "threads": threads or max(1, (os.cpu_count() or 1) // replicas),
-        "verify": False,  # just done
-        **vars(limits),
-    }
+def _args_of(path: str | Path, threads: int, **options: Any) -> dict[str, Any]:
+    """`args` of `build`. Raises SettingError."""
+    args = {"artifact": str(path), "verify": False, **options}  # verified just now
+    return {**args, "threads": threads or max(1, (os.cpu_count() or 1) // checked_args(args, "serve").most_processes)}
 
 
 class Service:
@@ -199,7 +276,8 @@ class Service:
             self._former_sigterm = signal.signal(signal.SIGTERM, _interrupt)
 
     def start(self, args: Mapping[str, Any], address: str = "") -> None:
-        """Deploy with the `args` of `build` and wait until the service answers. Raises LaunchError."""
+        """Deploy with the `args` of `build` and wait until the service answers. Raises SettingError, LaunchError."""
+        settings = checked_args(args)
         if not address:
             check_port(self._host, self._port)
         import ray
@@ -213,7 +291,7 @@ class Service:
                 raise SettingError("serve.metrics_port", message)
             check_port("127.0.0.1", self._metrics_port, "serve.metrics_port")
         if not ray.is_initialized():
-            needed = int(args["replicas"]) * int(args["threads"])
+            needed = settings.most_processes * settings.threads
             self._owns_ray, self._own_cluster = True, not address
             try:
                 if address:

@@ -5,7 +5,8 @@
                      keys/<name>.arrow             key map; of hashed keys <name>.json, or the ids that have rows
                      keys/<name>.evicted.arrow     keys that lost their rows of a dynamic table (not read by serving)
                      vectors/<name>.npy            fp32, fp16 or int8 [rows, dim]; int8 also <name>.scale.npy [rows]
-                     indexes/<name>.faiss          FAISS index; its settings in .faiss.json, its curve as .faiss.svg
+                     indexes/<name>.faiss          FAISS index; its settings in .faiss.json, its curve as .faiss.svg;
+                                                   of an index in shards <name>.shard-<number>.faiss...
                      map.safetensors               places on a plane, for people to look at
                      query_tower.safetensors       weights of the query tower (its description is in the manifest)
                      attributes.parquet, cases.parquet    side files, if there are any
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -46,14 +48,14 @@ from embedding_service.faiss_header import check_index_file
 from embedding_service.hashed_keys import HashedKeys, KeyMap
 from embedding_service.index import Device, VectorIndex
 from embedding_service.keys import Vocabulary
-from embedding_service.manifest import Manifest, parse_manifest, tower_spec
+from embedding_service.manifest import IndexShardEntry, Manifest, parse_manifest, tower_spec
 from embedding_service.mapped_vectors import MappedVectors
 from embedding_service.quantize import Precision
 from embedding_service.recall_plot import recall_plot
 from embedding_service.row_maps import RowMap, weight_table
 from embedding_service.towers import Tower, TowerSpec
 from embedding_service.tuning import Queries, tuned_index
-from embedding_service.vectors import VectorSet, VectorSink
+from embedding_service.vectors import VectorSet, VectorSink, row_ranges
 
 MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
@@ -150,16 +152,33 @@ class Artifact:
             raise ArtifactError(f"{file}: does not fit the query tower's description ({error})") from None
         return tower.eval()
 
-    def index(self, name: str) -> VectorIndex:
-        """The index `name`. Raises ArtifactError if there is none or it misfits."""
+    def index(self, name: str, shard: int = 0, *, mapped: bool = False) -> VectorIndex:
+        """The index `name`, or its shard of that number, in memory or `mapped`. Raises ArtifactError if there is none
+        or it misfits.
+        """
         entry = self._entry("index", self._manifest.indexes, name)
-        width = entry.dim + (entry.arrangement == "augmented")
-        check_index_file(self.path / entry.file, rows=entry.rows, width=width)
-        index = VectorIndex.load(self.path / entry.file)
+        part = entry.shards[shard] if entry.shards else entry
+        width = entry.dim + (part.arrangement == "augmented")
+        check_index_file(self.path / part.file, rows=part.rows, width=width)
+        index = VectorIndex.load(self.path / part.file, mapped=mapped)
         found = (index.rows, index.dim, index.metric, index.arrangement, index.parameters)
-        if found != (entry.rows, entry.dim, entry.metric, entry.arrangement, entry.parameters):
-            raise ArtifactError(f"{self.path / entry.file}: holds {found}, not what the manifest says of it")
+        if found != (part.rows, entry.dim, entry.metric, part.arrangement, part.parameters):
+            raise ArtifactError(f"{self.path / part.file}: holds {found}, not what the manifest says of it")
         return index
+
+    def index_ranges(self, name: str) -> list[range]:
+        """The rows of each shard of the index `name`; one range if it is in one piece. Raises ArtifactError."""
+        entry = self._entry("index", self._manifest.indexes, name)
+        ends = list(itertools.accumulate((shard.rows for shard in entry.shards or [entry]), initial=0))
+        return [range(start, stop) for start, stop in itertools.pairwise(ends)]
+
+    def check_index(self, name: str, shard: int) -> None:
+        """Compare the files of an index's shard with their checksums. Raises ArtifactError."""
+        entry = self._entry("index", self._manifest.indexes, name)
+        part = entry.shards[shard] if entry.shards else entry
+        for file in (part.file, part.settings_file):
+            listed = self._manifest.files[file]
+            _check_file(self.path, file, listed.bytes, listed.sha256)
 
     def map(self) -> CatalogueMap | None:
         """The map of the catalogue; None for a version of earlier times. Raises ArtifactError if it misfits."""
@@ -319,6 +338,7 @@ class ArtifactWriter:
         seed: int = 0,
         device: Device = "auto",
         memory_bytes: int = 0,
+        shards: int = 1,
         on_progress: Callable[[str, float], None] = lambda text, share: None,
         keep: Path | None = None,
     ) -> dict[str, Any]:
@@ -328,6 +348,8 @@ class ArtifactWriter:
         `query_rows` (int64 [m], and where these come from: see `RecallEntry`), which ask for their neighbours; without
         either on stored vectors drawn at random. See `embedding_service.tuning.tuned_index`.
 
+        shards: in how many parts, one after the other, each over its range of the rows, by itself within `memory_bytes`
+        and tuned to find its own best rows; at most as many as rows.
         keep: a folder on the same disk where the finished index is kept as well, and taken from, if it is there and
         its checksums are right, in place of building it.
         """
@@ -335,47 +357,59 @@ class ArtifactWriter:
         if vectors not in self._sinks:
             raise ArtifactError(f"index {name!r}: add vector set {vectors!r} first")
         self._sinks[vectors].close()
-        file = f"indexes/{name}.faiss"
-        if keep is not None and (kept := _take_kept(keep, self.folder, file)) is not None:
-            self._indexes[name] = kept
-            return dict(kept)
         source = self._stored(vectors).head(len(self._vocabularies[self._vectors[vectors]["keys"]].keys))
         if query_rows is not None:
             queries = Queries.of_rows(source, *query_rows)
-        index, measured = tuned_index(
-            source,
-            metric=metric,
-            factory=factory,
-            recall_target=recall_target,
-            recall_k=recall_k,
-            queries=queries,
-            seed=seed,
-            threads=self._threads,
-            device=device,
-            memory_bytes=memory_bytes,
-            on_progress=on_progress,
-        )
+        target: dict[str, Any] = {
+            "metric": metric, "factory": factory, "recall_target": recall_target, "recall_k": recall_k, "seed": seed,
+            "threads": self._threads, "device": device, "memory_bytes": memory_bytes,
+        }  # fmt: skip
+        ranges = row_ranges(source.rows, min(shards, source.rows))
+        records = []
+        for number, rows in enumerate(ranges):
+            file = f"indexes/{name}.faiss" if len(ranges) == 1 else f"indexes/{name}.shard-{number}.faiss"
+            kept = None if keep is None else _take_kept(keep, self.folder, file)
+            if kept is not None:
+                records.append(kept)
+                continue
+            title = name if len(ranges) == 1 else f"{name}, shard {number + 1} of {len(ranges)}"
+            asked = queries.within(rows) if isinstance(queries, Queries) else queries
+            record = {"vectors": vectors, "metric": metric, "dim": source.dim}
+            record |= self._build_index(title, file, source.part(rows), {**target, "queries": asked}, on_progress)
+            if keep is not None:
+                _keep(keep, self.folder, file, record)
+            records.append(record)
+        self._indexes[name] = records[0] if len(records) == 1 else _in_shards(records)
+        return dict(self._indexes[name])
+
+    def _build_index(
+        self,
+        title: str,
+        file: str,
+        source: VectorSet,
+        target: dict[str, Any],
+        on_progress: Callable[[str, float], None],
+    ) -> dict[str, Any]:
+        """Build and write one index and its plot; returns what the manifest says of them."""
+        index, measured = tuned_index(source, **target, on_progress=on_progress)
         index.save(self.folder / file)
-        self._indexes[name] = {
+        plot = recall_plot(
+            f"{title}: {index.factory} over {index.rows:,} x {index.dim}",
+            measured["curve"], index.parameters, measured["recall"],
+        )  # fmt: skip
+        write_atomic(self.folder / f"{file}.svg", plot.encode())
+        return {
             "file": file,
             "settings_file": f"{file}.json",
-            "vectors": vectors,
-            "metric": metric,
             "factory": index.factory,
             "arrangement": index.arrangement,
             "parameters": dict(index.parameters),
             "rows": index.rows,
-            "dim": index.dim,
             "bytes": (self.folder / file).stat().st_size,
             **measured,
             "plot_file": f"{file}.svg",
+            "shards": [],
         }
-        title = f"{name}: {index.factory} over {index.rows:,} x {index.dim}"
-        plot = recall_plot(title, measured["curve"], index.parameters, measured["recall"])
-        write_atomic(self.folder / f"{file}.svg", plot.encode())
-        if keep is not None:
-            _keep(keep, self.folder, file, self._indexes[name])
-        return dict(self._indexes[name])
 
     def add_map(
         self,
@@ -487,6 +521,15 @@ class ArtifactWriter:
         if self._lease is not None:
             os.close(self._lease)
             self._lease = None
+
+
+def _in_shards(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest record of an index of which these are the shards' (see `manifest.IndexEntry`)."""
+    sums = {field: sum(record[field] for record in records) for field in ("rows", "bytes", "build_seconds")}
+    recall = {**min((record["recall"] for record in records), key=lambda recall: recall["value"])}
+    recall["met"] = all(record["recall"]["met"] for record in records)
+    shards = [{field: record[field] for field in IndexShardEntry.model_fields} for record in records]
+    return {**records[0], **sums, "recall": recall, "estimate": None, "curve": [], "shards": shards}
 
 
 def _keep(keep: Path, folder: Path, file: str, record: Mapping[str, Any]) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embedding_service import rank_kernels as kernels
+from embedding_service.allowed import search_allowed
+from embedding_service.attributes import Mask
 from embedding_service.exact import Float32, Int64, Metric, exact_search
 from embedding_service.index import VectorIndex
 from embedding_service.ragged import Ragged
@@ -68,6 +70,12 @@ class Candidates:
             members = np.flatnonzero(fetch == size)
             scores[members], rows[members] = self._search(queries[members], size, k, seen.take(members))
         return scores, rows
+
+    def search_allowed(
+        self, queries: Float32, k: int, allowed: Mask, seen: Ragged | None, *, allowed_rows: Int64 | None = None
+    ) -> tuple[Float32, Int64]:
+        """As `search_unseen`, of the rows that `allowed` (bool [rows]) has; see `allowed.search_allowed`."""
+        return search_allowed(self, self._metric, queries, k, allowed, seen, allowed_rows=allowed_rows)
 
     def _search(self, queries: Float32, wanted: int, k: int, seen: Ragged) -> tuple[Float32, Int64]:
         """The first k unseen ones of the best `wanted` rows."""

@@ -9,7 +9,8 @@
 A single query is answered with {"version", "items": [{"key", "score"}]}, a batch with {"version", "results": []}: one
 such answer per query, and an Arrow stream with an Arrow stream (`http_arrow`). The client's mistakes are answered with
 4xx and {"error": {"code", "message", "request_id"}}. POST bodies may also wish for a "filter", "diversity" and, of
-`recommend`, to "explain" (`selective`).
+`recommend`, to "explain" (`selective`). Where shards of the index are lost (`scatter`), what the others have is
+answered with "partial": {"lost_shards", "num_shards"} and a header X-Partial, or it is a 503, `shard_lost`.
 
 At thousands of requests per second routing and JSON are the cost: a route is one dictionary look-up, and a single
 query is answered right on the event loop, together with those that wait beside it (`http_turns`). What takes longer
@@ -31,10 +32,11 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from cluster.errors import DataError, KeyNotFound, SettingError
+from cluster.errors import DataError, KeyNotFound, SettingError, ShardLost
 from embedding_service.hashed_keys import KeyMap
 from embedding_service.http_messages import (
     ClientGone,
+    Headers,
     Receive,
     Response,
     Scope,
@@ -51,6 +53,7 @@ from embedding_service.http_schema import ARROW_TYPE, Catalogue, Limits, Problem
 from embedding_service.http_turns import Turns
 from embedding_service.instruments import Instruments
 from embedding_service.keys import Vocabulary
+from embedding_service.scatter import Scatter, noting_lost_shards
 from embedding_service.selective import SelectiveRetriever
 
 if TYPE_CHECKING:
@@ -58,6 +61,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PARTIAL = b"x-partial"
+_WHOLE: Mapping[str, Any] = {}
 _INLINE_SECONDS = 0.002  # requests expected to take longer run in a thread
 _INLINE_BODY_BYTES = 64 * 1024
 _WARM_UP_ROUNDS = 20
@@ -81,9 +86,12 @@ class HttpApi:
         selective: SelectiveRetriever | None = None,
         page: Page | None = None,
         instruments: Instruments | None = None,
+        scatter: Scatter | None = None,
     ) -> None:
         """`items`, `users`: the key maps of the catalogue; `threads`: how many large requests are worked on at once;
-        `page`: what is served for people to look at; `instruments` are told how long things take.
+        `page`: what is served for people to look at; `instruments` are told how long things take. `scatter`: the
+        processes that the retriever asks, if it does: then every question waits for them in a thread, and answers
+        without some of them are marked.
         """
         self._instruments = instruments = instruments or Instruments()
         self._queries = queries = Queries(
@@ -94,7 +102,8 @@ class HttpApi:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="retrieval")
         self.num_waiting = 0  # requests in threads, or on their way there
         self._call_seconds = self._query_seconds = 0.0  # what a call takes, and each query in it
-        self._turns = Turns(queries.answers, self._is_quick, self._pool)
+        self._version, self._scatter = catalogue.version, scatter
+        self._turns = Turns(queries.answers if scatter is None else self._gathered, self._is_quick, self._pool)
         self.document = openapi(catalogue, queries.models, limits)
         self._pages = _pages(catalogue, self.document, limits)
         self._views = page.routes if page is not None else {}
@@ -115,6 +124,12 @@ class HttpApi:
         keys = self._items.keys[:_WARM_UP_BATCH].to_pylist()
         sessions = [[key] for key in keys] * (_WARM_UP_BATCH // len(keys))
         seconds: dict[int, list[float]] = {1: [], len(sessions): []}
+        if self._scatter is not None:  # nothing is answered on the event loop: there is nothing to know
+            try:
+                self._retriever.recommend(sessions, 10)
+            except ShardLost as error:  # it comes back; whoever asks meanwhile is told
+                logger.warning("not warmed up: %s", error)
+            return
         for _ in range(_WARM_UP_ROUNDS):
             for size, taken in seconds.items():
                 start = time.perf_counter()
@@ -128,6 +143,8 @@ class HttpApi:
     def close(self) -> None:
         """Give the threads back, after the requests they work on. No request may follow."""
         self._pool.shutdown(wait=False)
+        if self._scatter is not None:
+            self._scatter.forget(self._version)
         vars(self).pop("_turns", None)  # the one that refers back to this: without it all memory is free at once
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> int:
@@ -198,15 +215,32 @@ class HttpApi:
         return work
 
     def _answer(self, work: Work | Single) -> Response:
+        if self._scatter is None:
+            return self._rendered(work, {})
+        with noting_lost_shards() as partial:
+            return self._rendered(work, partial)
+
+    def _rendered(self, work: Work | Single, partial: dict[str, Any]) -> Response:
         if isinstance(work, Single):
-            return _ok(self._queries.answers(work.group, [work.query])[0])
+            return _ok(self._queries.answers(work.group, [work.query])[0], partial)
         answer = work.answer()
         start = time.perf_counter()
-        response = _ok(answer)
+        response = _ok(answer, partial)
         self._instruments.render.since(start)
         return response
 
+    def _gathered(self, group: Any, queries: list[Any]) -> list[Any]:
+        """`Queries.answers` from shards. Without them all fail alike: halving the batch would ask again and again."""
+        with noting_lost_shards() as partial:
+            try:
+                answers: list[Any] = self._queries.answers(group, queries)
+            except ShardLost as error:
+                return [error] * len(queries)
+        return [_marked(one, partial) for one in answers]
+
     def _is_quick(self, num_queries: int) -> bool:
+        if self._scatter is not None:
+            return False
         return self._call_seconds + num_queries * self._query_seconds <= _INLINE_SECONDS
 
     async def _in_thread(self, task: Callable[[], Response]) -> Response:
@@ -244,14 +278,32 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
         return Problem(404, "key_not_found", str(error))
     if isinstance(error, (SettingError, DataError)):
         return Problem(400, "invalid_request", str(error))
+    if isinstance(error, ShardLost):
+        return Problem(503, "shard_lost", str(error), ((b"retry-after", b"1"),))
     logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
     return Problem(500, "internal", "this request failed inside the service; its log says why")
 
 
-def _ok(answer: dict[str, Any] | bytes) -> Response:
+def _ok(answer: dict[str, Any] | bytes, partial: Mapping[str, Any] = _WHOLE) -> Response:
+    """An answer that lacks what `partial` says, if anything; of a document that is marked already it is read there."""
     if isinstance(answer, bytes):
-        return Response(200, answer, ARROW_TYPE.encode())
-    return Response(200, orjson.dumps(answer))
+        return Response(200, answer, ARROW_TYPE.encode(), _partial_headers(partial))
+    answer = _marked(answer, partial)
+    return Response(
+        200, orjson.dumps(answer), headers=_partial_headers(answer["partial"]) if "partial" in answer else ()
+    )
+
+
+def _marked(answer: dict[str, Any], partial: Mapping[str, Any]) -> dict[str, Any]:
+    return {**answer, "partial": dict(partial)} if partial else answer
+
+
+def _partial_headers(partial: Mapping[str, Any]) -> Headers:
+    """X-Partial: lost=1,2; shards=3."""
+    if not partial:
+        return ()
+    lost = ",".join(map(str, partial["lost_shards"]))
+    return ((PARTIAL, f"lost={lost}; shards={partial['num_shards']}".encode()),)
 
 
 def _pages(catalogue: Catalogue, document: Mapping[str, Any], limits: Limits) -> dict[str, Response]:

@@ -7,7 +7,7 @@ are there as they come.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +37,9 @@ def read_vectors(body: bytes, dim: int, max_rows: int) -> npt.NDArray[np.float32
 
 
 def write_results(
-    keys: pa.Array, scores: npt.NDArray[np.float32], lengths: npt.NDArray[np.int64], version: str
+    keys: pa.Array, scores: npt.NDArray[np.float32], lengths: npt.NDArray[np.int64], metadata: Mapping[str, str]
 ) -> bytes:
-    """A stream of n rows `keys` list<int64 | string> and `scores` list<float32>; metadata `version` in the schema.
+    """A stream of n rows `keys` list<int64 | string> and `scores` list<float32>; `metadata` in the schema.
 
     keys and scores [sum of lengths] of n queries, lengths int64 [n].
     """
@@ -48,7 +48,7 @@ def write_results(
     ends = pa.array(offsets)
     values = keys.cast(pa.string()) if pa.types.is_large_string(keys.type) else keys
     columns = [pa.ListArray.from_arrays(ends, values), pa.ListArray.from_arrays(ends, pa.array(scores))]
-    batch = pa.record_batch(columns, ["keys", "scores"]).replace_schema_metadata({"version": version})
+    batch = pa.record_batch(columns, ["keys", "scores"]).replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)

@@ -16,8 +16,11 @@ from embedding_service.http_schema import Catalogue, FeatureType, Limits
 from embedding_service.instruments import Instruments
 from embedding_service.overlay import Overlay
 from embedding_service.retrieval import RECOMMEND, SIMILAR, Retriever
+from embedding_service.scatter import Scatter
 from embedding_service.selective import SelectiveRetriever
 from embedding_service.towers import LISTS, TowerInput
+
+WAITING_THREADS = 32  # requests at a time that wait for shards, mostly without work
 
 
 def http_api(
@@ -27,9 +30,11 @@ def http_api(
     threads: int = 1,
     overlay: Overlay | None = None,
     instruments: Instruments | None = None,
+    scatter: Scatter | None = None,
 ) -> HttpApi:
     """The ASGI application over `artifact` and the changes to its items, warmed up; it fills in `instruments`.
 
+    `scatter`: the processes that hold its indexes in shards, which have loaded it; None: this one holds them.
     Raises ArtifactError for one that lacks an index or a tower, or whose attributes cannot be read.
     """
     check_servable(artifact)
@@ -66,7 +71,7 @@ def http_api(
     listed = ATTRIBUTES in manifest["files"]
     attributes = Attributes.read(artifact.path / ATTRIBUTES, items) if listed else None
     instruments = instruments or Instruments()
-    retriever = Retriever(artifact, threads=threads)
+    retriever = Retriever(artifact, threads=threads, elsewhere=None if scatter is None else scatter.candidates)
     selective = SelectiveRetriever(retriever, overlay or Overlay(), attributes)
     api = HttpApi(
         retriever,
@@ -74,10 +79,11 @@ def http_api(
         items,
         users,
         limits=limits,
-        threads=max(2, threads),
+        threads=max(2, threads) if scatter is None else WAITING_THREADS,
         selective=selective,
         page=Page(artifact, items, artifact.map()),
         instruments=instruments,
+        scatter=scatter,
     )
     api.warm_up()
     retriever.tell(instruments)  # the questions of warming up were nobody's

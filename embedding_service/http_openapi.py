@@ -104,6 +104,7 @@ def _with_arrow(operation: dict[str, Any], catalogue: Catalogue, k: dict[str, An
     key = "int64" if catalogue.key_type == "int64" else "string"
     asked = f"an uncompressed stream with one column `vector`, fixed_size_list<float32>[{catalogue.dim}]: many queries"
     answered = f"a row per query: `keys` list<{key}>, `scores` list<float32>; the schema's metadata has `version`"
+    answered += ", and `partial`, JSON, where parts of the index did not answer"
     for content, text in (
         (operation["requestBody"]["content"], asked),
         (operation["responses"]["200"]["content"], answered),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from embedding_service.http_arrow import read_vectors, write_results
 from embedding_service.http_schema import Catalogue, Key, KeyType, Limits, Problem, RequestModels
 from embedding_service.instruments import Instruments
 from embedding_service.overlay import Changes
+from embedding_service.scatter import partial_now
 from embedding_service.selective import MAX_DIVERSE, SelectiveRetriever, Wishes, num_scored
 
 Parameters = list[tuple[str, str]]
@@ -203,7 +205,10 @@ class Queries:
             scores = found.scores
             if found.lengths.min() < scores.shape[1]:
                 scores = scores[np.arange(scores.shape[1]) < found.lengths[:, None]]
-            written = write_results(found.flat_keys, scores.ravel(), found.lengths, self._version)
+            metadata = {"version": self._version}
+            if partial := partial_now():
+                metadata["partial"] = json.dumps(partial)
+            written = write_results(found.flat_keys, scores.ravel(), found.lengths, metadata)
             self._instruments.document.since(start)
             return written
 

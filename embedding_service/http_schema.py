@@ -100,13 +100,21 @@ class Vectors(BaseModel):
     vectors: list[list[float] | None] = Field(description="one per key, null for an unknown one, or one per session")
 
 
-class Answer(BaseModel):
+class Partial(BaseModel):
+    lost_shards: list[int] = Field(description="shards of the index that did not answer, counted from 0")
+    num_shards: int
+
+
+class Answered(BaseModel):
     version: str = Field(description="version of the artifact that answered")
+    partial: Partial | None = Field(None, description="only where parts of the index did not answer, and lack here")
+
+
+class Answer(Answered):
     items: list[Item] = Field(description="best first; fewer than k only where the catalogue has no more")
 
 
-class Recommendation(BaseModel):
-    version: str = Field(description="version of the artifact that answered")
+class Recommendation(Answered):
     items: list[ExplainedItem] = Field(description="best first; fewer than k only where no more are allowed")
     cold_start: bool = Field(description="nothing in the request is known: these are the most frequent items")
     unknown: list[Key] = Field(description="items of the session that are not in the vocabulary; they were ignored")
@@ -127,18 +135,15 @@ class RecommendationResult(ItemsResult):
     unknown_user: bool
 
 
-class SimilarBatch(BaseModel):
-    version: str
+class SimilarBatch(Answered):
     results: list[SimilarResult] = Field(description="one per query, in their order")
 
 
-class SearchBatch(BaseModel):
-    version: str
+class SearchBatch(Answered):
     results: list[ItemsResult] = Field(description="one per query, in their order")
 
 
-class RecommendationBatch(BaseModel):
-    version: str
+class RecommendationBatch(Answered):
     results: list[RecommendationResult] = Field(description="one per query, in their order")
 
 

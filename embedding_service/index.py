@@ -252,8 +252,11 @@ class VectorIndex:
         write_json(f"{path}.json", settings)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: Device = "auto") -> VectorIndex:
-        """The index that `save` wrote. Raises ArtifactError, naming the file, if it is missing, damaged or foreign."""
+    def load(cls, path: str | Path, *, device: Device = "auto", mapped: bool = False) -> VectorIndex:
+        """The index that `save` wrote. Raises ArtifactError, naming the file, if it is missing, damaged or foreign.
+
+        `mapped`: not read into memory but mapped, as far as FAISS can (not fast-scan PQ, which is small).
+        """
         try:
             settings = json.loads(Path(f"{path}.json").read_bytes())
             if settings["metric"] not in ("ip", "cosine"):
@@ -268,7 +271,7 @@ class VectorIndex:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path}.json: is not an index's settings file ({error})") from None
         try:
-            index = faiss.read_index(str(path))
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         except (RuntimeError, MemoryError) as error:
             raise ArtifactError(f"{path}: is not a readable FAISS index ({_short(error)})") from None
         expected = faiss.METRIC_L2 if settings["arrangement"] == "augmented" else faiss.METRIC_INNER_PRODUCT

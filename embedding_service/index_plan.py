@@ -23,6 +23,8 @@ HNSW_RATE = 1.5e7  # of efConstruction 80; this and the next two on one core of 
 FLOP_RATE = 4e10
 PQ_RATE = 1e9
 
+MAX_SHARDS = 1024
+
 _FLAT_ROWS, _GRAPH_ROWS, _SMALL_GRAPH_ROWS = 20_000, 2_000_000, 20_000_000
 _GRAPH_LISTS = 16_384  # from so many lists on, a graph finds a vector's list
 _CHUNK_ROWS = 65_536
@@ -57,32 +59,63 @@ def auto_factory(rows: int, dim: int, memory_bytes: int = 0) -> str:
     If that is too large, the next smaller one, and at the end IVF with 4-bit PQ: dim / 4 + 8 bytes per row, its
     findings rescored from the stored vectors. Raises SettingError if nothing fits.
     """
+    kinds = _kinds(rows, dim)
+    for factory in kinds:
+        if fits(factory, rows, dim, memory_bytes):
+            return factory
+    needs = {factory: estimate(factory, rows, dim) for factory in kinds}
+    least = min((need.build_bytes, factory) for factory, need in needs.items() if need is not None)
+    raise SettingError(
+        "export.memory_gib",
+        f"{memory_bytes / 2**30:.3g} is too little for any index over {rows:,} x {dim}: {least[1]} takes "
+        f"{least[0] / 2**30:.3g} GiB to build; allow that, choose a smaller model.dim"
+        f"{_or_cut('auto', rows, dim, memory_bytes)}",
+    )
+
+
+def _kinds(rows: int, dim: int) -> list[str]:
+    """What `auto` tries for a catalogue, the best first."""
     lists = num_lists(rows)
     coarse = f"IVF{lists}_HNSW32" if lists >= _GRAPH_LISTS else f"IVF{lists}"
     kinds = [(_FLAT_ROWS, "Flat"), (_GRAPH_ROWS, "HNSW32"), (_SMALL_GRAPH_ROWS, "HNSW32,SQ8")]
     fitting = [factory for limit, factory in kinds if rows < limit]
     fitting = fitting[:1] if fitting[:1] == ["Flat"] else fitting
-    fitting += [f"{coarse},SQ8", f"{coarse},PQ{dim // 2}x4fs"] if rows >= 64 * ROWS_PER_CENTROID[0] else ["SQ8"]
-    needs = {factory: estimate(factory, rows, dim) for factory in fitting}
-    for factory, need in needs.items():
-        if not memory_bytes or (need is not None and need.build_bytes <= memory_bytes):
-            return factory
-    least = min((need.build_bytes, factory) for factory, need in needs.items() if need is not None)
-    raise SettingError(
-        "export.memory_gib",
-        f"{memory_bytes / 2**30:.3g} is too little for any index over {rows:,} x {dim}: {least[1]} takes "
-        f"{least[0] / 2**30:.3g} GiB to build; allow that, or choose a smaller model.dim",
-    )
+    return fitting + ([f"{coarse},SQ8", f"{coarse},PQ{dim // 2}x4fs"] if rows >= 64 * ROWS_PER_CENTROID[0] else ["SQ8"])
+
+
+def fits(factory: str, rows: int, dim: int, memory_bytes: int) -> bool:
+    """Whether building it is known to take at most `memory_bytes` (0: any)."""
+    need = estimate(factory, rows, dim)
+    return not memory_bytes or (need is not None and need.build_bytes <= memory_bytes)
+
+
+def num_shards(factory: str, rows: int, dim: int, memory_bytes: int) -> int | None:
+    """In how many parts an index must be cut at least for each to be built within `memory_bytes`.
+
+    None where no cutting helps, or what it takes is not known. `auto` may take any of its kinds.
+    """
+    for shards in range(1, MAX_SHARDS + 1):
+        part = -(-rows // shards)
+        if any(fits(kind, part, dim, memory_bytes) for kind in (_kinds(part, dim) if factory == "auto" else [factory])):
+            return shards
+    return None
+
+
+def _or_cut(factory: str, rows: int, dim: int, memory_bytes: int) -> str:
+    """The way out that shards are, if they are one."""
+    shards = num_shards(factory, rows, dim, memory_bytes)
+    return "" if shards is None else f", or cut it into {shards} (export.index_shards)"
 
 
 def check_memory(factory: str, rows: int, dim: int, memory_bytes: int) -> None:
     """Raises SettingError for an index that is known to take more than `memory_bytes` (0: any) to build."""
     need = estimate(factory, rows, dim)
-    if memory_bytes and need is not None and need.build_bytes > memory_bytes:
+    if need is not None and not fits(factory, rows, dim, memory_bytes):
         raise SettingError(
             "export.index",
             f"{factory} over {rows:,} x {dim} takes {need.build_bytes / 2**30:.3g} GiB to build, more than "
-            f"export.memory_gib = {memory_bytes / 2**30:.3g}: raise that, or let `auto` choose",
+            f"export.memory_gib = {memory_bytes / 2**30:.3g}: raise that, let `auto` choose"
+            f"{_or_cut(factory, rows, dim, memory_bytes)}",
         )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from cluster.errors import ArtifactError
+from embedding_service.index_plan import MAX_SHARDS
 from embedding_service.row_maps import MAX_HASHES, RowMap
 from embedding_service.towers import LISTS, TowerInput, TowerSpec
 
@@ -104,7 +105,25 @@ class EstimateEntry(_Entry):
     seconds: Annotated[float, Field(ge=0)]
 
 
+class IndexShardEntry(_Entry):
+    """The index over the next `rows` rows of a vector set; fields as `IndexEntry` has them."""
+
+    file: RelativePath
+    settings_file: RelativePath
+    factory: str
+    arrangement: Literal["plain", "centred", "augmented"]
+    parameters: dict[str, Count]
+    recall: RecallEntry
+    rows: Rows
+    bytes: Count
+    plot_file: RelativePath | None = None
+
+
 class IndexEntry(_Entry):
+    """An index, or one in `shards`: then `rows`, `bytes` and `build_seconds` are sums, `recall` is that of the shard
+    with the lowest, and what else belongs to one of them is the first one's.
+    """
+
     file: RelativePath
     settings_file: RelativePath
     vectors: Name
@@ -121,6 +140,7 @@ class IndexEntry(_Entry):
     estimate: EstimateEntry | None = None
     curve: list[CurvePoint] = Field(default_factory=list, max_length=1000)
     plot_file: RelativePath | None = None
+    shards: list[IndexShardEntry] = Field(default_factory=list, max_length=MAX_SHARDS)
 
 
 class MapEntry(_Entry):
@@ -192,6 +212,14 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     for name, index in manifest.indexes.items():
         named += [(f"indexes.{name}", index.file), (f"indexes.{name}", index.settings_file)]
         named += [(f"indexes.{name}", index.plot_file)] if index.plot_file is not None else []
+        for shard in index.shards:
+            files = (shard.file, shard.settings_file, shard.plot_file)
+            named += [(f"indexes.{name}.shards", file) for file in files if file is not None]
+        if index.shards and (sum(shard.rows for shard in index.shards), index.shards[0].file) != (
+            index.rows,
+            index.file,
+        ):
+            refuse(f"indexes.{name}: its shards do not make up its {index.rows} rows, beginning with {index.file}")
         if index.vectors not in manifest.vectors:
             refuse(f"indexes.{name}: there is no vector set {index.vectors!r}")
         source = manifest.vectors[index.vectors]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,9 @@ from cluster.errors import ArtifactError, DataError, KeyNotFound
 from cluster.rank import num_cores
 from embedding_service import rank_kernels as kernels
 from embedding_service.artifact import Artifact
-from embedding_service.candidates import Candidates, first_unseen, num_fetched
+from embedding_service.candidates import first_unseen, num_fetched
 from embedding_service.exact import Float32, Int64, unit_length
+from embedding_service.index_shards import AnyCandidates, local
 from embedding_service.instruments import Instruments
 from embedding_service.keys import Key, Vocabulary
 from embedding_service.mapped_vectors import MappedVectors
@@ -61,23 +62,33 @@ class Retriever:
     """Answers queries from one artifact. Safe to use from many threads.
 
     `exact=True` scores every candidate in place of asking the index. `threads`, by default one per core, share the work
-    of a batch. `asked` has a sample of what each index was searched for.
+    of a batch. `elsewhere` gives the candidates of an index that other processes hold (see `scatter`). `asked` has a
+    sample of what each index was searched for.
     """
 
-    def __init__(self, artifact: Artifact, *, exact: bool = False, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        exact: bool = False,
+        threads: int | None = None,
+        elsewhere: Callable[[Artifact, str], AnyCandidates] | None = None,
+    ) -> None:
         self.artifact = artifact
         self._instruments = Instruments()
         self.asked = {name: Reservoir(ASKED_QUERIES) for name in artifact.manifest["indexes"]}
         self.version = artifact.version
-        self._candidates: dict[str, Candidates] = {}
+        self._candidates: dict[str, AnyCandidates] = {}
         self._catalogue: dict[str, Vocabulary] = {}
         threads = threads or num_cores()
         pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="search") if threads > 1 else None
         for name, entry in artifact.manifest["indexes"].items():
             keys = artifact.keys(artifact.manifest["vectors"][entry["vectors"]]["keys"])
-            vectors = artifact.vectors(entry["vectors"]).head(len(keys.keys))  # the unknown row is no candidate
-            index = None if exact else artifact.index(name)
-            self._candidates[name] = Candidates(vectors, entry["metric"], index, pool, threads)
+            self._candidates[name] = (
+                local(artifact, name, exact=exact, pool=pool, threads=threads)
+                if elsewhere is None
+                else elsewhere(artifact, name)
+            )
             self._catalogue[name] = keys
         self._encoder = None if artifact.manifest["query_tower"] is None else QueryEncoder(artifact)
         if self._encoder is not None and RECOMMEND in self._candidates:
@@ -161,7 +172,7 @@ class Retriever:
         flat = [key for session in sessions for key in session]
         return Ragged(catalogue.rows(flat) if flat else np.empty(0, np.int64), offsets_of(lengths)), single
 
-    def candidates(self, index: str) -> Candidates:
+    def candidates(self, index: str) -> AnyCandidates:
         """What the index `index` chooses from. Raises ArtifactError if there is none."""
         return self._part(index)[0]
 
@@ -246,7 +257,7 @@ class Retriever:
         cold_start = [False] * len(rows) if cold is None else cold.tolist()
         return Results(rows, scores, lengths, catalogue.keys_of(flat), cold_start)
 
-    def _part(self, name: str) -> tuple[Candidates, Vocabulary]:
+    def _part(self, name: str) -> tuple[AnyCandidates, Vocabulary]:
         if name not in self._candidates:
             raise ArtifactError(f"{self.artifact.path}: has no index {name!r}")
         return self._candidates[name], self._catalogue[name]

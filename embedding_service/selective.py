@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cluster.errors import DataError, KeyNotFound
-from embedding_service.allowed import search_allowed
 from embedding_service.attributes import Attributes, Mask, Value
 from embedding_service.diversity import mmr
 from embedding_service.exact import Float32, Int64, Metric, pair_scores, unit_length
@@ -239,7 +238,7 @@ class SelectiveRetriever:
         extra = self._extra(wishes, changes)
         pool = _pool(k, wishes)
         start = time.perf_counter()
-        scores, rows = search_allowed(candidates, metric, queries, pool, allowed.mask, seen, allowed_rows=allowed.rows)
+        scores, rows = candidates.search_allowed(queries, pool, allowed.mask, seen, allowed_rows=allowed.rows)
         cold = np.zeros(len(queries), np.bool_) if cold is None else cold
         own_rows = _own_rows(seen)[~cold] if index == SIMILAR and seen is not None else None
         self.retriever.note_search(index, queries[~cold], start, own_rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,8 +14,12 @@ from embedding_service.artifact import MANIFEST, Artifact
 from embedding_service.gates import Gates
 from embedding_service.http_artifact import check_servable
 from embedding_service.http_schema import Limits
+from embedding_service.index_plan import MAX_SHARDS
+from embedding_service.index_shards import shards_of
 from embedding_service.service_logs import LogFormat
 from embedding_service.versions import VersionStore
+
+MAX_ONGOING = 256  # requests in a replica at a time, and as many that wait
 
 
 class _Args(BaseModel):
@@ -44,9 +48,14 @@ class ServiceArgs(_Args):
     """`args` of a Serve config file; only `artifact` is required."""
 
     artifact: str = Field(min_length=1, description="folder of a version, or the root with CURRENT, on every node")
-    replicas: int = Field(1, ge=1)
-    threads: int = Field(1, ge=1, description="threads, and CPUs reserved, per replica; batches use them all")
-    gpus: float = Field(0.0, ge=0.0, description="GPUs reserved per replica, for a FAISS index on the GPU")
+    replicas: int = Field(1, ge=1, description="processes that answer; the least number where max_replicas is set")
+    max_replicas: int = Field(0, ge=0, description="Serve adds replicas under load, up to this many; 0: never")
+    target_ongoing_requests: float = Field(32.0, gt=0.0, le=MAX_ONGOING, description="per replica, that it aims at")
+    shards: int = Field(0, ge=0, le=MAX_SHARDS, description="processes that hold a part of each index; 0: replicas do")
+    on_lost_shard: Literal["error", "partial"] = Field("error", description="503, or what the others have, marked")
+    shard_timeout_seconds: float = Field(5.0, gt=0.0, description="within which a shard answers; else it is lost")
+    threads: int = Field(1, ge=1, description="threads, and CPUs reserved, per replica or shard; batches use them all")
+    gpus: float = Field(0.0, ge=0.0, description="GPUs reserved per replica, or shard, for a FAISS index on the GPU")
     verify: bool = Field(True, description="compare all files with the manifest's checksums when a replica starts")
     max_k: int = Field(Limits.max_k, ge=1)
     max_batch: int = Field(Limits.max_batch, ge=1)
@@ -66,19 +75,31 @@ class ServiceArgs(_Args):
     access_log: bool = Field(False, description="a line for each request")
     start: str = Field("", description="the version served where none was ever activated; found at deployment")
 
+    @property
+    def most_processes(self) -> int:
+        """Replicas and shards."""
+        return max(self.replicas, self.max_replicas) + self.shards
+
     def limits(self) -> Limits:
         return Limits(**{name: getattr(self, name) for name in asdict(Limits())})
 
 
-def checked_args(args: Mapping[str, Any]) -> ServiceArgs:
-    """Raises SettingError for an argument that is unknown or wrong."""
+def checked_args(args: Mapping[str, Any], where: str = "args") -> ServiceArgs:
+    """Raises SettingError, which names it as `where`.NAME, for an argument that is unknown or wrong."""
     try:
-        return ServiceArgs.model_validate(dict(args))
+        settings = ServiceArgs.model_validate(dict(args))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = ".".join(["args", *map(str, first["loc"])])
+        path = ".".join([where, *map(str, first["loc"])])
         known = f"; known are {', '.join(ServiceArgs.model_fields)}" if first["type"] == "extra_forbidden" else ""
         raise SettingError(path, f"{first['msg']}{known}; got {first['input']!r}") from None
+    if 0 < settings.max_replicas < settings.replicas:
+        raise SettingError(
+            f"{where}.max_replicas",
+            f"{settings.max_replicas} is less than replicas = {settings.replicas}, the least number: raise it, or set "
+            "0 to have always as many",
+        )
+    return settings
 
 
 def store_of(artifact: str) -> VersionStore | None:
@@ -98,4 +119,7 @@ def begin_with(settings: ServiceArgs) -> ServiceArgs:
     if store is not None and state is not None:
         artifact = Artifact.open(store.folder(state.live), verify=False)
     check_servable(artifact)
+    if settings.shards:
+        for name in artifact.manifest["indexes"]:
+            shards_of(artifact, name, 0, settings.shards)
     return settings.model_copy(update={"artifact": str(path), "start": artifact.path.name})

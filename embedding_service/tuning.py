@@ -55,7 +55,7 @@ _log = logging.getLogger(__name__)
 class Queries:
     """What recall is measured on: vectors float32 [m, dim], and where they come from.
 
-    `own` int64 [m]: the rows whose vectors these are, which are no answers to themselves; None: they are no rows.
+    `own` int64 [m]: the rows whose vectors these are, which are no answers to themselves, or -1; None: they are none.
     """
 
     vectors: Float32
@@ -69,6 +69,13 @@ class Queries:
 
     def take(self, members: np.ndarray | slice) -> Queries:
         return Queries(self.vectors[members], self.source, None if self.own is None else self.own[members])
+
+    def within(self, rows: range) -> Queries:
+        """The same queries for an index over some rows, which counts them from 0; own rows outside of it are -1."""
+        if self.own is None:
+            return self
+        inside = (self.own >= rows.start) & (self.own < rows.stop)
+        return Queries(self.vectors, self.source, np.where(inside, self.own - rows.start, -1))
 
 
 def tuned_index(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,12 @@ class VectorSet:
 
     def head(self, rows: int) -> VectorSet:
         """The first `rows` rows."""
-        return VectorSet(self._codes[:rows], None if self._scale is None else self._scale[:rows], self.precision)
+        return self.part(range(rows))
+
+    def part(self, rows: range) -> VectorSet:
+        """The rows of a range of step 1, numbered from 0."""
+        part = slice(rows.start, rows.stop)
+        return VectorSet(self._codes[part], None if self._scale is None else self._scale[part], self.precision)
 
 
 class VectorSink:
@@ -147,6 +153,12 @@ def encoded_rows(
         if len(wrong):
             raise ValueError(f"vector set {name}: row {start_row + wrong[0]} has length {norms[wrong[0]]:g}, not 1")
     return codes, scale
+
+
+def row_ranges(rows: int, shards: int) -> list[range]:
+    """0..rows - 1 in `shards` ranges whose sizes differ by one at most; some are empty where there are more shards."""
+    ends = [rows * number // shards for number in range(shards + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def map_array(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> npt.NDArray[Any]:

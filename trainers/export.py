@@ -33,7 +33,7 @@ from embedding_service.admitted_keys import AdmittedKeys
 from embedding_service.artifact import ArtifactWriter
 from embedding_service.catalogue_map import MAX_ATTRIBUTES, Codes, attribute
 from embedding_service.hashed_keys import KeyMap
-from embedding_service.index_plan import auto_factory, estimate
+from embedding_service.index_plan import auto_factory, estimate, num_shards
 from embedding_service.keys import Vocabulary
 from embedding_service.projection import check_umap
 from embedding_service.row_maps import RowMap, weight_table
@@ -294,6 +294,7 @@ def _write_indexes(writer: ArtifactWriter, model: Model, config: Config, prepare
             seed=config.train.seed,
             device=config.export.index_device,
             memory_bytes=memory,
+            shards=config.export.index_shards,
             on_progress=lambda text, share, index=index: _progress(f"{index}: {text}", share),  # type: ignore[misc]
             keep=work,
             **queries,
@@ -302,18 +303,28 @@ def _write_indexes(writer: ArtifactWriter, model: Model, config: Config, prepare
 
 
 def _announce(index: str, rows: int, dim: int, config: Config, memory: int) -> None:
-    factory = config.export.index
+    factory, shards = config.export.index, min(rows, config.export.index_shards)
+    rows = -(-rows // shards)
     factory = auto_factory(rows, dim, memory) if factory == "auto" else factory
     need = estimate(factory, rows, dim, config.export.threads or num_cores())
     takes = "" if need is None else f": about {_size(need.build_bytes)} while it is built, {need.seconds:,.0f} s"
-    report({"kind": "note", "text": f"index `{index}`, {factory} over {rows:,} x {dim}{takes}"})
+    each = "" if shards == 1 else f", {shards} times"
+    report({"kind": "note", "text": f"index `{index}`, {factory} over {rows:,} x {dim}{each}{takes}"})
+    wanted = auto_factory(rows, dim)
+    if config.export.index == "auto" and factory != wanted:
+        more = num_shards(wanted, rows, dim, memory)
+        text = f"{wanted} would take more than export.memory_gib = {config.export.memory_gib:g}"
+        text += "" if more is None else f"; export.index_shards = {shards * more} leaves room for it"
+        report({"kind": "note", "text": text})
 
 
 def _tell(index: str, record: dict[str, Any]) -> None:
     recall = record["recall"]
     at = ", ".join(f"{name} {value}" for name, value in record["parameters"].items()) or "exhaustive"
+    parts = f" in {len(record['shards'])} shards" if record["shards"] else ""
     text = (
-        f"index `{index}`, {record['factory']}: {_size(record['bytes'])}, built in {record['build_seconds']:,.0f} s; "
+        f"index `{index}`{parts}, {record['factory']}: {_size(record['bytes'])}, "
+        f"built in {record['build_seconds']:,.0f} s; "
         f"recall@{recall['k']} {recall['value']:.4f} +- {recall['half_width']:.4f} at {at}, "
         f"on {recall['num_queries']:,} {_SOURCES[recall['queries']]}"
     )

@@ -47,13 +47,14 @@ def publish(
     integer_keys: bool = False,
     same: bool = False,
     with_map: bool = False,
+    shards: int = 1,
 ) -> Path:
     """An item2vec-like artifact: sets `item`, `input`, `user` and `shop`, indexes `recommend` (ip), `similar` (cosine).
 
     Items i and j look alike and follow each other if i % 20 == j % 20; user u and shop s ask for cluster u % 20 and
     s % 20.
     With `same`, all item vectors are equal: nothing but ties. `recommend` is tuned on means of random items.
-    `with_map`: and a map of `input`, with an attribute `town`.
+    `with_map`: and a map of `input`, with an attribute `town`. `shards`: of both indexes.
     """
     items = vocabulary(list(range(10, 10 + num_items)) if integer_keys else [f"i{i:04d}" for i in range(num_items)])
     items = Vocabulary(items.keys, items.counts, unknown=unknown)
@@ -76,7 +77,7 @@ def publish(
             sink.write(0, vectors)
         tower = Tower(spec if spec is not None else TowerSpec((HISTORY,), DIM))
         writer.set_query_tower(tower.spec, tower.state_dict())
-        target: dict[str, Any] = {"factory": factory, "recall_target": 0.95, "recall_k": 10}
+        target: dict[str, Any] = {"factory": factory, "recall_target": 0.95, "recall_k": 10, "shards": shards}
         chosen = np.random.default_rng(4).integers(0, num_items, (200, 6))
         queries = np.stack([sets["input"][0][line[: 1 + i % 6]].mean(axis=0) for i, line in enumerate(chosen)])
         writer.add_index("recommend", vectors="item", metric="ip", queries=queries, **target)

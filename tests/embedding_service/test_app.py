@@ -26,7 +26,7 @@ import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.errors import ArtifactError, SettingError
-from embedding_service.app import Service, build, serve_artifact
+from embedding_service.app import Service, build, deployment_options, serve_artifact
 from embedding_service.artifact import Artifact, ArtifactWriter
 from embedding_service.http_artifact import http_api
 from embedding_service.http_ports import check_port, high_throughput_environment
@@ -119,12 +119,33 @@ class TestWithoutRay:
                 {"artifact": "a", "replicas": 0},
                 "setting args.replicas: Input should be greater than or equal to 1; got 0",
             ),
+            (
+                {"artifact": "a", "replicas": 3, "max_replicas": 2},
+                "setting args.max_replicas: 2 is less than replicas = 3, the least number: raise it, or set 0 to have",
+            ),
+            (
+                {"artifact": "a", "max_replicas": 2, "target_ongoing_requests": 257.0},
+                "setting args.target_ongoing_requests: Input should be less than or equal to 256",
+            ),
+            ({"artifact": "a", "on_lost_shard": "retry"}, "setting args.on_lost_shard: Input should be 'error' or"),
         ],
     )
     def test_wrong_arguments_of_a_config_file(self, args: dict[str, Any], message: str) -> None:
         with pytest.raises(SettingError) as caught:
             build(args)
         assert str(caught.value).startswith(message)
+
+    def test_replicas_between_least_and_most(self) -> None:
+        assert deployment_options(replicas=3)["num_replicas"] == 3
+        scaled = deployment_options(replicas=2, max_replicas=5, target_ongoing_requests=8.0)
+        assert "num_replicas" not in scaled
+        assert scaled["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 5, "target_ongoing_requests": 8.0}
+
+    def test_shards_need_an_index_in_shards(self, folder: Path) -> None:
+        with pytest.raises(ArtifactError, match=r"is in one piece and cannot be divided among 2: export it with"):
+            build({"artifact": str(folder), "shards": 2})
+        with pytest.raises(SettingError, match=r"^setting serve.max_replicas: 1 is less than replicas = 2"):
+            serve_artifact(folder, port=free_port(), replicas=2, max_replicas=1)
 
     def test_a_missing_artifact_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match="there is no such artifact folder"):

@@ -120,7 +120,7 @@ def test_a_damaged_stream_is_refused_or_read_but_breaks_nothing() -> None:
 @pytest.mark.parametrize("keys", [pa.array([7, 8, -9]), pa.array(["a", "é", ""], pa.large_string())])
 def test_results_are_written_a_row_per_query(keys: pa.Array) -> None:
     scores = np.array([3, 2, 1], np.float32)
-    written = write_results(keys, scores, np.array([2, 0, 1]), "v7")
+    written = write_results(keys, scores, np.array([2, 0, 1]), {"version": "v7"})
     table = pa.ipc.open_stream(written).read_all()
     assert table.schema.metadata == {b"version": b"v7"}
     value = pa.int64() if pa.types.is_int64(keys.type) else pa.string()

@@ -8,7 +8,16 @@ import pytest
 
 from cluster.errors import SettingError
 from embedding_service.index import VectorIndex
-from embedding_service.index_plan import advice, auto_factory, bytes_per_row, check_memory, estimate, num_lists
+from embedding_service.index_plan import (
+    advice,
+    auto_factory,
+    bytes_per_row,
+    check_memory,
+    estimate,
+    fits,
+    num_lists,
+    num_shards,
+)
 
 ROWS, DIM = 12_000, 32
 GIB = 2**30
@@ -60,9 +69,30 @@ def test_auto_goes_by_memory() -> None:
         assert need is not None
         assert need.build_bytes <= gib * GIB
     with pytest.raises(
-        SettingError, match=r"export\.memory_gib: 0\.01 is too little for any index over 5,000,000 x 64"
+        SettingError, match=r"export\.memory_gib: 0\.01 is too little for any index over 5,000,000 x 64.* model\.dim$"
     ):
         auto_factory(5_000_000, 64, GIB // 100)
+
+
+def test_an_index_is_cut_until_its_parts_fit() -> None:
+    """Not at all where it fits, and in vain where the rows that are added at a time are more than there is room for."""
+    for factory in ("HNSW32", "auto"):
+        assert num_shards(factory, 5_000_000, 64, 8 * GIB) == 1
+        assert num_shards(factory, 5_000_000, 64, GIB // 100) is None
+        shards = num_shards(factory, 5_000_000, 64, GIB // 4)
+        assert shards is not None
+        assert shards > 1
+        part, larger = -(-5_000_000 // shards), -(-5_000_000 // (shards - 1))
+        if factory == "auto":
+            assert auto_factory(part, 64, GIB // 4)
+            with pytest.raises(SettingError, match=rf"or cut it into {shards} \(export\.index_shards\)$"):
+                auto_factory(5_000_000, 64, GIB // 4)
+        else:
+            assert fits(factory, part, 64, GIB // 4)
+            assert not fits(factory, larger, 64, GIB // 4)
+            with pytest.raises(SettingError, match=rf"let `auto` choose, or cut it into {shards} \(export"):
+                check_memory(factory, 5_000_000, 64, GIB // 4)
+    assert num_shards("LSH", 1000, 64, GIB) is None
 
 
 def test_lists_follow_the_advice_of_faiss() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from cluster.errors import ArtifactError, CheckpointError
 from cluster.launch import launch
 from cluster.rank import current_rank
 from embedding_service.artifact import Artifact, ArtifactWriter
+from embedding_service.retrieval import Retriever
 from embedding_service.tables import TableSpec
 from tests.ranks import run_on_ranks
 from tests.trainers.runs import small_config, write_sessions
@@ -212,6 +214,19 @@ def test_a_finished_index_is_kept_too(run: Config, tmp_path: Path, monkeypatch: 
     assert built == ["cosine"], "`similar` is damaged and built again, `recommend` is not"
     for name in ("recommend", "similar"):
         assert original(Artifact.open(version), name).rows == 120
+
+
+def test_indexes_in_shards_answer_as_in_one_piece(run: Config, tmp_path: Path) -> None:
+    whole, _ = _export(run, tmp_path / "whole")
+    parts, events = _export(run, tmp_path / "parts", "export.index_shards=3")
+    opened = [Artifact.open(version) for version in (whole, parts)]
+    assert [len(one.index_ranges("recommend")) for one in opened] == [1, 3]
+    assert re.search(r"^index `recommend`, Flat over 40 x \d+, 3 times: about", _notes(events), re.MULTILINE)
+    assert re.search(r"^index `recommend` in 3 shards, Flat: .* recall@20 1\.0000", _notes(events), re.MULTILINE)
+    keys = opened[0].keys("item").keys.to_pylist()
+    found = [Retriever(one, threads=1).similar(keys, 50) for one in opened]
+    np.testing.assert_array_equal(found[1].rows, found[0].rows)
+    np.testing.assert_array_equal(found[1].scores, found[0].scores)
 
 
 def test_other_settings_start_anew_and_what_is_left_is_cleared(run: Config, tmp_path: Path) -> None:
