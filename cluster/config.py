@@ -443,6 +443,9 @@ class ServeSettings:
     read_token_file: str = setting(
         "", "file with the token that questions ask for; empty: LEXSHARD_READ_TOKEN, and without it they are open"
     )
+    feedback_token_file: str = setting(
+        "", "file with the token that clicks are told with; empty: LEXSHARD_FEEDBACK_TOKEN, and without it as questions"
+    )
     gates: GateSettings = GateSettings()
 
 

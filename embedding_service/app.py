@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import LaunchError
+from embedding_service import http_unwatched
 from embedding_service.artifact import Artifact
-from embedding_service.http_access import find_access
 from embedding_service.http_api import HttpApi
 from embedding_service.http_artifact import http_api
 from embedding_service.http_management import Management
@@ -54,7 +54,7 @@ class Replica:
 
     def __init__(self, args: dict[str, Any]) -> None:
         settings = ServiceArgs.model_validate(args)
-        access = find_access(settings.token_file, settings.read_token_file)
+        access = settings.access()
         store = store_of(settings.artifact)
 
         def open_version(version: str, verify: bool) -> HttpApi:
@@ -84,7 +84,7 @@ def build(args: Mapping[str, Any]) -> Application:
     from ray import serve
 
     settings = begin_with(checked_args(args))
-    find_access(settings.token_file, settings.read_token_file)
+    settings.access()
     options = deployment_options(replicas=settings.replicas, threads=settings.threads, gpus=settings.gpus)
     deployment: Any = serve.deployment(**options)  # typed as if it were called on the class itself
     application: Application = deployment(serve.ingress()(Replica)).bind(settings.model_dump())
@@ -97,14 +97,18 @@ def deployment_options(*, replicas: int = 1, threads: int = 1, gpus: float = 0.0
         "OMP_NUM_THREADS": str(threads),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_LOG_TO_STDERR": "1",  # warnings and errors only, see _QUIET
+        **http_unwatched.ENVIRONMENT,
     }
     resources = {"num_cpus": threads, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
     return {
         "name": "retrieval",
         "num_replicas": replicas,
         "ray_actor_options": resources,
-        "max_ongoing_requests": 256,
-        "max_queued_requests": 256,  # more would only wait: they are told to come back
+        # more than these would only wait: they are told to come back. An event loop takes in one connection a turn: the
+        # more wait, the longer its turns, and the longer those wait that are not even in the queue. All requests that
+        # arrive in one turn are queued for a moment, so that the queue cannot be short
+        "max_ongoing_requests": 128,
+        "max_queued_requests": 192,
         "backpressure_config": {"status_code": 503, "retry_after_s": 1},
         "max_constructor_retry_count": 1,
         "graceful_shutdown_timeout_s": 10.0,
