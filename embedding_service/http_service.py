@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import unquote_to_bytes
 
 import orjson
 
@@ -18,9 +17,11 @@ from embedding_service.live_versions import LiveVersions, Loaded
 from embedding_service.traffic import takes_canary
 
 CALLER = b"x-caller-id"
+_CALLER_FIELD = b"caller="
 _CLICKABLE = frozenset(("/v1/recommend", "/v1/similar", "/v1/search"))
 _COUNTED = _CLICKABLE | {"/v1/embed"}
-_OPEN = frozenset(("/v1/health",))  # asked by what looks after the service, which has no token
+_OPEN = frozenset(("/v1/health", "/page"))  # asked by what looks after the service, which has no token, and by browsers
+_PAGE = "/page/"  # files of the package; what they show is asked for with the token
 
 
 class HttpService:
@@ -38,7 +39,7 @@ class HttpService:
             if path in self._management.paths:
                 response = await self._management.respond(scope["method"], path, scope, receive)
                 return await response.send(send)
-            if self._access.read is not None and path not in _OPEN and not path.startswith("/page"):
+            if self._access.read is not None and path not in _OPEN and not path.startswith(_PAGE):
                 self._access.check_read(scope)
             caller = self._caller(scope)
             if path == "/openapi.json" and scope["method"] == "GET":
@@ -57,7 +58,7 @@ class HttpService:
                 loaded.tally.note(status, time.perf_counter() - start, recommends=path in _CLICKABLE)
 
     def _caller(self, scope: Scope) -> bytes:
-        caller = _take_caller(scope) if b"caller=" in scope["query_string"] else b""
+        caller = _take_caller(scope) if _CALLER_FIELD in scope["query_string"] else b""
         return caller if self._versions.now.canary is None else header(scope, CALLER) or caller
 
     def _enter(self, caller: bytes) -> Loaded:
@@ -95,12 +96,10 @@ class HttpService:
 
 
 def _take_caller(scope: Scope) -> bytes:
-    """The parameter `caller`, which is taken out of the query string."""
-    pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True, encoding="latin-1")
-    rest: list[Any] = [pair for pair in pairs if pair[0] != "caller"]
-    callers = [value for name, value in pairs if name == "caller"]
+    """The parameter `caller`, which is taken out of the query string; the rest of that stays as it was sent."""
+    parts: list[bytes] = scope["query_string"].split(b"&")
+    callers = [part for part in parts if part.startswith(_CALLER_FIELD)]
     if not callers:
         return b""
-    scope["query_string"] = urlencode(rest, encoding="latin-1").encode()
-    first: str = callers[0]
-    return first.encode("latin-1")
+    scope["query_string"] = b"&".join(part for part in parts if not part.startswith(_CALLER_FIELD))
+    return unquote_to_bytes(callers[0].removeprefix(_CALLER_FIELD).replace(b"+", b" "))
