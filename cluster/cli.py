@@ -291,6 +291,7 @@ def _serve(args: Arguments) -> int:
         limits=limits,
         token_file=settings.token_file,
         read_token_file=settings.read_token_file,
+        feedback_token_file=settings.feedback_token_file,
         gates=gates,
         metrics_port=settings.metrics_port,
         probe_seconds=settings.probe_seconds,

@@ -462,6 +462,9 @@ class ServeSettings:
     read_token_file: str = setting(
         "", "file with the token that questions ask for; empty: LEXSHARD_READ_TOKEN, and without it they are open"
     )
+    feedback_token_file: str = setting(
+        "", "file with the token that clicks are told with; empty: LEXSHARD_FEEDBACK_TOKEN, and without it as questions"
+    )
     metrics_port: int = setting(
         0, "where Prometheus asks for metrics, on 127.0.0.1; 0: any free port, told at start", low=0, high=65535
     )

@@ -26,7 +26,7 @@ from embedding_service.artifact import MANIFEST, Artifact
 from embedding_service.attributes import FILE as ATTRIBUTES
 from embedding_service.attributes import Attributes
 from embedding_service.gates import Figure, Gates, judge, to_document
-from embedding_service.http_access import CHANGE_VARIABLE, READ_VARIABLE
+from embedding_service.http_access import VARIABLES
 from embedding_service.http_artifact import check_servable
 from embedding_service.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from embedding_service.ragged import Ragged
@@ -96,7 +96,7 @@ def admit_apart(candidate: Path, live: Path | None, gates: Gates, *, timeout_sec
     command = [sys.executable, "-m", "embedding_service.admission"]
     root = str(Path(__file__).parents[1])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    ours = {name: value for name, value in os.environ.items() if name not in (CHANGE_VARIABLE, READ_VARIABLE)}
+    ours = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment = {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     try:
         done = subprocess.run(

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import LaunchError, SettingError
 from cluster.metrics import RayMetrics, node_metrics_addresses
 from cluster.periodic import Periodic
+from embedding_service import http_unwatched
 from embedding_service.artifact import Artifact
-from embedding_service.http_access import find_access
 from embedding_service.http_api import HttpApi
 from embedding_service.http_artifact import http_api
 from embedding_service.http_management import Management
@@ -44,7 +44,7 @@ from embedding_service.live_versions import LiveVersions
 from embedding_service.overlay import Overlay
 from embedding_service.recall_probe import RecallProbe
 from embedding_service.scatter import Scatter, Send
-from embedding_service.service_args import MAX_ONGOING, ServiceArgs, begin_with, checked_args, store_of
+from embedding_service.service_args import MAX_ONGOING, MAX_QUEUED, ServiceArgs, begin_with, checked_args, store_of
 from embedding_service.service_logs import configure_logs
 from embedding_service.service_metrics import METRICS, PUBLISH_SECONDS, ServiceMetrics
 from embedding_service.shard_versions import ShardVersions
@@ -74,7 +74,7 @@ class Replica:
         configure_logs(settings.log_format, settings.log_file)
         instruments = Instruments(TIMED_ROUTES)
         scatter = _scatter_over(shards, settings) if shards else None
-        access = find_access(settings.token_file, settings.read_token_file)
+        access = settings.access()
         store = store_of(settings.artifact)
 
         def open_version(version: str, verify: bool) -> HttpApi:
@@ -155,7 +155,7 @@ def build(args: Mapping[str, Any]) -> Application:
     from ray import serve
 
     settings = begin_with(checked_args(args))
-    find_access(settings.token_file, settings.read_token_file)
+    settings.access()
     dumped = settings.model_dump()
     options = deployment_options(
         replicas=settings.replicas,
@@ -191,6 +191,7 @@ def deployment_options(
         "OMP_NUM_THREADS": str(threads),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_LOG_TO_STDERR": "1",  # warnings and errors only, see _QUIET
+        **http_unwatched.ENVIRONMENT,
     }
     resources = {"num_cpus": threads, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
     number: dict[str, Any] = {"num_replicas": replicas}
@@ -201,8 +202,11 @@ def deployment_options(
         "name": "retrieval",
         **number,
         "ray_actor_options": resources,
+        # more than these would only wait: they are told to come back. An event loop takes in one connection a turn: the
+        # more wait, the longer its turns, and the longer those wait that are not even in the queue. All requests that
+        # arrive in one turn are queued for a moment, so that the queue cannot be short
         "max_ongoing_requests": MAX_ONGOING,
-        "max_queued_requests": MAX_ONGOING,  # more would only wait: they are told to come back
+        "max_queued_requests": MAX_QUEUED,
         "backpressure_config": {"status_code": 503, "retry_after_s": 1},
         "max_constructor_retry_count": 1,
         "graceful_shutdown_timeout_s": 10.0,

@@ -88,7 +88,7 @@ class Candidates:
 
         def work() -> None:
             for share in todo:  # a list's iterator gives each share to one thread
-                hidden = seen.slice(share.start, share.stop)
+                hidden = seen if len(shares) == 1 else seen.slice(share.start, share.stop)
                 self._search_share(queries[share], wanted, hidden, scores[share], rows[share])
 
         helpers = [self._pool.submit(work) for _ in range(min(self._threads, len(shares)) - 1)] if self._pool else []

@@ -12,6 +12,8 @@ from embedding_service.http_messages import Scope, header
 from embedding_service.http_schema import Problem
 
 CHANGE_VARIABLE, READ_VARIABLE = "LEXSHARD_TOKEN", "LEXSHARD_READ_TOKEN"
+FEEDBACK_VARIABLE = "LEXSHARD_FEEDBACK_TOKEN"
+VARIABLES = frozenset((CHANGE_VARIABLE, READ_VARIABLE, FEEDBACK_VARIABLE))
 MIN_LENGTH, MAX_LENGTH = 16, 4096
 _CHALLENGE = ((b"www-authenticate", b"Bearer"),)
 
@@ -19,16 +21,25 @@ _CHALLENGE = ((b"www-authenticate", b"Bearer"),)
 @dataclass(frozen=True)
 class Access:
     """`change`: what endpoints that change something ask for; without it they answer nobody. `read`: what the others
-    ask for, besides `change`, which opens them too; without it they answer everybody.
+    ask for, besides `change`, which opens them too; without it they answer everybody. `feedback`: what clicks must be
+    told with, in place of `read`, where clients that read are not trusted to count.
     """
 
     change: bytes | None = field(default=None, repr=False)
     read: bytes | None = field(default=None, repr=False)
+    feedback: bytes | None = field(default=None, repr=False)
 
     def check_read(self, scope: Scope) -> None:
         """Raises Problem 401."""
         if self.read is not None and not _shows(scope, self.read, self.change):
             raise Problem(401, "token_required", "show the reading token: Authorization: Bearer TOKEN", _CHALLENGE)
+
+    def check_feedback(self, scope: Scope) -> None:
+        """Raises Problem 401."""
+        if self.feedback is None:
+            self.check_read(scope)
+        elif not _shows(scope, self.feedback, self.change):
+            raise Problem(401, "token_required", "show the feedback token: Authorization: Bearer TOKEN", _CHALLENGE)
 
     def check_change(self, scope: Scope) -> None:
         """Raises Problem 401, or 403 where the service was started without a token."""
@@ -39,10 +50,11 @@ class Access:
             raise Problem(401, "token_required", "show the token for changes: Authorization: Bearer TOKEN", _CHALLENGE)
 
 
-def find_access(token_file: str = "", read_token_file: str = "") -> Access:
+def find_access(token_file: str = "", read_token_file: str = "", feedback_token_file: str = "") -> Access:
     """The tokens of files, or of the environment where no file is named. Raises SettingError, without the token."""
     change = _find(token_file, "serve.token_file", CHANGE_VARIABLE)
-    return Access(change, _find(read_token_file, "serve.read_token_file", READ_VARIABLE))
+    read = _find(read_token_file, "serve.read_token_file", READ_VARIABLE)
+    return Access(change, read, _find(feedback_token_file, "serve.feedback_token_file", FEEDBACK_VARIABLE))
 
 
 def _find(file: str, setting: str, variable: str) -> bytes | None:

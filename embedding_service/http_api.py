@@ -104,7 +104,7 @@ class HttpApi:
         self._call_seconds = self._query_seconds = 0.0  # what a call takes, and each query in it
         self._version, self._scatter = catalogue.version, scatter
         self._turns = Turns(queries.answers if scatter is None else self._gathered, self._is_quick, self._pool)
-        self.document = openapi(catalogue, queries.models, limits)
+        self.document = openapi(catalogue, queries.models, limits, has_page=page is not None)
         self._pages = _pages(catalogue, self.document, limits)
         self._views = page.routes if page is not None else {}
         self._start = "/docs" if page is None else "/page"

@@ -12,7 +12,9 @@
     POST /v1/feedback             {"version", "request_id", "key"}
 
 An activation takes seconds to minutes: it is answered with 202, and `GET /v1/versions` tells how it goes on
-(`admission`); with "wait_seconds" the answer is held back until it is decided, at most for that long.
+(`admission`: checking, flipping, then live or canary, or refused); with "wait_seconds" the answer is held back until it
+is decided, at most for that long. Live is what all replicas serve: until then it is flipping, and how many have flipped
+is told.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,8 +53,12 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[bytes], Awaitable[Response]]
 MAX_BODY_BYTES = 64 * 1024
+FEEDBACK = "/v1/feedback"
 MAX_LISTED = 100
 MAX_WAIT_SECONDS = 300.0
+FLIP_SECONDS = 60.0  # within which all replicas should have loaded what one of them has
+_ROLL_BACK_SECONDS = 5.0  # they have it in memory
+_LOOK_SECONDS = 0.05
 
 
 class Publish(Strict):
@@ -108,7 +117,7 @@ OPERATIONS = (
     Operation("POST", "/v1/items", "add an item to the live version", NewItem, True, 201,
               errors=_BODY | _TOKEN | {"404": "an item that it is like is unknown"}),
     Operation("POST", "/v1/items/delete", "take items off the live version", Keys, True, errors=_BODY | _TOKEN),
-    Operation("POST", "/v1/feedback", "a click on what was answered", Feedback, status=204, answer="counted",
+    Operation("POST", FEEDBACK, "a click on what was answered", Feedback, status=204, answer="counted",
               errors=_BODY | _VERSION | {"401": "without the token"}),
 )  # fmt: skip
 
@@ -128,6 +137,7 @@ class Management:
     ) -> None:
         self._versions, self._store, self._access, self._gates = versions, store, access, gates
         self._admit_seconds, self._probe = admit_seconds, probe
+        self._facts: OrderedDict[str, tuple[tuple[int, int, int], dict[str, Any]]] = OrderedDict()  # of manifests
         handlers: list[Handler] = [
             self._list, self._publish, self._activate, self._canary, self._roll_back, self._remove,
             self._items, self._add_item, self._delete_items, self._feedback,
@@ -146,6 +156,8 @@ class Management:
         operation, handler = self._routes[path][method]
         if operation.token:
             self._access.check_change(scope)
+        elif path == FEEDBACK:
+            self._access.check_feedback(scope)
         else:
             self._access.check_read(scope)
         return await handler(await read_body(scope, receive, MAX_BODY_BYTES))
@@ -180,7 +192,9 @@ class Management:
             state = await _file_work(self._required_store().roll_back, asked.live)
         log_event(logger, "rolled_back", version=state.live, sequence=state.sequence)
         await asyncio.to_thread(self._versions.refresh)
-        return json_response({"live": state.live, "sequence": state.sequence, "problem": self._versions.problem})
+        flips = await asyncio.to_thread(self._await_flips, state.sequence, _ROLL_BACK_SECONDS)
+        told = {"live": state.live, "sequence": state.sequence, "problem": self._versions.problem}
+        return json_response(told | flips)
 
     async def _remove(self, body: bytes) -> Response:
         asked = parse_body(Remove, body)
@@ -221,7 +235,7 @@ class Management:
         tally = self._versions.tallies.get(asked.version)
         if tally is None:
             raise Problem(404, "unknown_version", f"no answer came from a version {asked.version!r}")
-        tally.note_click(asked.request_id)
+        tally.note_click(asked.request_id, asked.key)
         return Response(204, b"")
 
     async def _start(self, asked: Activate, share: float | None) -> Response:
@@ -248,8 +262,9 @@ class Management:
                 logger.exception("activating %s cannot be noted", asked.version)
                 problem = _read_only(error)
             finally:  # nobody may be left waiting, whatever happened
-                loop.call_soon_threadsafe(begin, problem)
-                loop.call_soon_threadsafe(decided.set)
+                with contextlib.suppress(RuntimeError):  # the loop is closed: the service has stopped meanwhile
+                    loop.call_soon_threadsafe(begin, problem)
+                    loop.call_soon_threadsafe(decided.set)
 
         threading.Thread(target=work, name="admission", daemon=True).start()
         await begun
@@ -261,14 +276,14 @@ class Management:
             found = store.admission() or {}
             if found.get("state") == "refused":
                 raise Problem(409, "refused", f"version {asked.version} was refused: {found['reason']}")
-            return json_response(found)
+            return json_response(found, 202 if found.get("state") == "flipping" else 200)
         return json_response(store.admission(), 202)
 
     def _admit(self, asked: Activate, share: float | None) -> None:
         store = self._required_store()
         try:
-            state = store.serving()
-            live = state.live if state is not None else self._versions.start
+            serving = store.serving()
+            live = serving.live if serving is not None else self._versions.start
             measured, known = self._measured(asked.version, live)
             failed = [str(figure) for figure in measured if not figure.passed]
             if failed and not asked.force:
@@ -277,14 +292,23 @@ class Management:
             loaded = self._versions.preload(asked.version, verify=known)
             lost = _selective(loaded).lost(former) if share is None else {}
             if share is None:
-                store.activate(asked.version, start=self._versions.start)
+                state = store.activate(asked.version, start=self._versions.start)
             else:
-                store.set_canary(asked.version, share, start=self._versions.start)
+                state = store.set_canary(asked.version, share, start=self._versions.start)
+            ends = "live" if share is None else "canary"
+            told = {
+                "forced": failed,
+                "figures": to_document(measured),
+                "ends": ends,
+                "sequence": state.sequence,
+                **lost,
+            }
+            self._note(asked.version, "flipping", **told)
             self._versions.refresh()
-            ended = "live" if share is None else "canary"
-            self._note(asked.version, ended, forced=failed, figures=to_document(measured), **lost)
+            flips = self._await_flips(state.sequence, FLIP_SECONDS)
+            self._note(asked.version, "flipping" if "reason" in flips else ends, **told, **flips)
             event = "activated" if share is None else "canary_started"
-            log_event(logger, event, version=asked.version, share=share, against=live, forced=failed or None)
+            log_event(logger, event, version=asked.version, share=share, against=live, forced=failed or None, **flips)
         except (LexshardError, OSError, MemoryError) as error:
             self._refuse(asked.version, str(error) or type(error).__name__)
         except Exception as error:  # a bug of ours must not leave it "checking" for ever
@@ -294,6 +318,16 @@ class Management:
     def _refuse(self, version: str, reason: str) -> None:
         self._note(version, "refused", reason=reason)
         log_event(logger, "refused", level=logging.WARNING, asked="activate", version=version, reason=reason)
+
+    def _await_flips(self, sequence: int, seconds: float) -> dict[str, Any]:
+        """How many replicas have flipped to the state of `sequence`: all of them, or there is a "reason"."""
+        store, give_up = self._required_store(), time.monotonic() + seconds
+        while (found := store.flipped(sequence))["flipped"] < found["replicas"]:
+            if time.monotonic() > give_up:
+                problems = {str(place["problem"]) for place in store.places() if place["sequence"] < sequence} - {""}
+                return {**found, "reason": "; ".join(sorted(problems)) or f"not loaded within {seconds:g} s"}
+            time.sleep(_LOOK_SECONDS)
+        return dict(found)
 
     def _measured(self, version: str, live: str) -> tuple[list[Figure], bool]:
         """The gates' figures of a version against the live one, and whether they were known from an earlier time."""
@@ -340,22 +374,32 @@ class Management:
         if self._store is None:
             return told
         try:
-            file = self._store.folder(version) / "manifest.json"
-            with open(file, "rb") as handle:
-                manifest = parse_manifest(handle.read(MAX_MANIFEST_BYTES + 1), version)
+            fixed = self._manifest_facts(self._store.folder(version) / "manifest.json", version)
             verdict = self._store.verdict(version) or {}
         except (ArtifactError, OSError) as error:
             return {**told, "problem": str(error)}
+        return {**told, **fixed, "gates": verdict.get("figures"), "against": verdict.get("against")}
+
+    def _manifest_facts(self, file: Path, version: str) -> dict[str, Any]:
+        """What the manifest says; read again only when the file is another one. Raises ArtifactError, OSError."""
+        found = file.stat()
+        stamp = found.st_ino, found.st_mtime_ns, found.st_size
+        known = self._facts.get(version)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        with open(file, "rb") as handle:
+            manifest = parse_manifest(handle.read(MAX_MANIFEST_BYTES + 1), version)
         recommend = manifest.indexes.get("recommend")
-        return {
-            **told,
+        facts = {
             "created": manifest.created,
             "num_items": recommend.rows if recommend is not None else None,
             "dim": recommend.dim if recommend is not None else None,
             "figures": manifest.figures,
-            "gates": verdict.get("figures"),
-            "against": verdict.get("against"),
         }
+        self._facts[version] = stamp, facts
+        if len(self._facts) > 2 * MAX_LISTED:
+            self._facts.popitem(last=False)
+        return facts
 
     def _required_store(self) -> VersionStore:
         if self._store is None:

@@ -43,8 +43,8 @@ class Operation:
     errors: Mapping[str, str] = field(default_factory=dict)
 
 
-def openapi(catalogue: Catalogue, models: RequestModels, limits: Limits) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of a service over `catalogue`."""
+def openapi(catalogue: Catalogue, models: RequestModels, limits: Limits, *, has_page: bool = False) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of a service over `catalogue`, and of what its page is drawn from."""
     schemas: dict[str, Any] = {}
 
     def schema(*parts: type[BaseModel]) -> dict[str, Any]:
@@ -57,10 +57,15 @@ def openapi(catalogue: Catalogue, models: RequestModels, limits: Limits) -> dict
 
     key = _json_key(catalogue.key_type)
     k = _parameter("k", {"type": "integer", "minimum": 1, "maximum": limits.max_k, "default": 10}, "how many items")
+    wished: list[dict[str, Any]] = []
+    if models.wished is not None:
+        schema(models.wished)
+        wished = _wished(schemas.pop("Wished")["properties"])
     recommend = [
         _parameter("items", {"type": "array", "items": key}, "session items, oldest first: items=a&items=b"),
         k,
         _parameter("exclude_seen", {"type": "boolean", "default": True}, "leave out the items of the session"),
+        *wished,
     ]
     if catalogue.user_type is not None:
         recommend.insert(1, _parameter("user", _json_key(catalogue.user_type), "the user of the session"))
@@ -68,14 +73,16 @@ def openapi(catalogue: Catalogue, models: RequestModels, limits: Limits) -> dict
     get, post = _operation(schema, "get"), _operation(schema, "post")
     paths = {
         "/v1/similar": {
-            "get": get("items similar to one item", Answer, [_parameter("key", key, "the item", required=True), k]),
+            "get": get(
+                "items similar to one item", Answer, [_parameter("key", key, "the item", required=True), k, *wished]
+            ),
             "post": post("the same, one or many", models.similar, {"keys": [one_item]}, Answer, SimilarBatch),
         },
         "/v1/search": {
             "post": _with_arrow(
                 post("items nearest to vectors", models.search, {"vector": [0.0] * catalogue.dim}, Answer, SearchBatch),
                 catalogue,
-                k,
+                [k, *wished],
             ),
         },
         "/v1/recommend": {
@@ -89,6 +96,8 @@ def openapi(catalogue: Catalogue, models: RequestModels, limits: Limits) -> dict
     }
     if models.embed is not None:
         paths["/v1/embed"] = {"post": post("vectors of items or sessions", models.embed, {"keys": [one_item]}, Vectors)}
+    if has_page:
+        paths |= _page_paths(key, schema(Error))
     info = {
         "title": "lexshard",
         "version": catalogue.version,
@@ -99,7 +108,47 @@ def openapi(catalogue: Catalogue, models: RequestModels, limits: Limits) -> dict
     return {"openapi": "3.1.0", "info": info, "servers": servers, "paths": paths, "components": {"schemas": schemas}}
 
 
-def _with_arrow(operation: dict[str, Any], catalogue: Catalogue, k: dict[str, Any]) -> dict[str, Any]:
+def _page_paths(key: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
+    """The data of the page, see `http_page`."""
+    row: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 10**18 - 1}
+    several = "; one of `prefix`, `row` and `key` is asked for"
+    asked = [
+        _parameter("prefix", {"type": "string", "maxLength": 200}, f"keys that begin so, frequent ones first{several}"),
+        _parameter("row", {"type": "array", "items": row, "maxItems": 100}, f"keys of these rows{several}"),
+        _parameter("key", {"type": "array", "items": key, "maxItems": 100}, f"rows of these keys{several}"),
+        _parameter("limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 10}, "how many, of `prefix`"),
+    ]
+    points = _parameter("points", {**row, "minimum": 1}, "of the most frequent items")
+
+    def described(
+        summary: str, parameters: list[dict[str, Any]], kind: str, shape: dict[str, Any], **errors: str
+    ) -> dict[str, Any]:
+        failed = {"application/json": {"schema": error}}
+        wrong = {code[1:]: {"description": text, "content": failed} for code, text in errors.items()}
+        responses = {"200": {"description": "OK", "content": {kind: {"schema": shape}}}, **wrong}
+        return {"get": {"summary": summary, "parameters": parameters, "responses": responses}}
+
+    json, bytes_, bad = "application/json", {"type": "string", "format": "binary"}, "a parameter is wrong"
+    return {
+        "/v1/figures": described("what the manifest says of the version", [], json, {"type": "object"}),
+        "/v1/map": described(
+            "the map of the catalogue, safetensors", [points], "application/octet-stream", bytes_, _400=bad,
+            _404="the version has no map",
+        ),
+        "/v1/keys": described("keys and their rows", asked, json, {"type": "object"}, _400=bad),
+    }  # fmt: skip
+
+
+def _wished(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parameters `filter` and `diversity` of what has no JSON body."""
+    filter_ = _parameter("filter", {}, f"{fields['filter']['description']}: the JSON object of a body's `filter`")
+    del filter_["schema"]
+    filter_["content"] = {"application/json": {"schema": {"$ref": "#/components/schemas/Filter"}}}
+    number = {name: fields["diversity"][name] for name in ("type", "minimum", "maximum", "default")}
+    return [filter_, _parameter("diversity", number, fields["diversity"]["description"])]
+
+
+def _with_arrow(operation: dict[str, Any], catalogue: Catalogue, parameters: list[dict[str, Any]]) -> dict[str, Any]:
     """The operation on JSON, and on Arrow streams as well."""
     key = "int64" if catalogue.key_type == "int64" else "string"
     asked = f"an uncompressed stream with one column `vector`, fixed_size_list<float32>[{catalogue.dim}]: many queries"
@@ -111,8 +160,11 @@ def _with_arrow(operation: dict[str, Any], catalogue: Catalogue, k: dict[str, An
     ):
         content[ARROW_TYPE] = {"schema": {"type": "string", "format": "binary", "description": text}}
     about = "In bulk, Arrow IPC streams spare the time that JSON takes; a stream is answered with a stream."
-    only = {**k, "description": "how many items, for an Arrow stream; JSON has it in the body"}
-    return {**operation, "description": about, "parameters": [only]}
+    only = [
+        {**one, "description": f"of an Arrow stream, JSON has it in the body: {one['description']}"}
+        for one in parameters
+    ]
+    return {**operation, "description": about, "parameters": only}
 
 
 def _json_key(key_type: KeyType) -> dict[str, Any]:

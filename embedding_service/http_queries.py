@@ -109,28 +109,33 @@ class Queries:
         self.models = RequestModels(catalogue, limits, wishes=selective is not None)
         self._selective = selective
         self._instruments = instruments or Instruments()
+        self._wished = ("filter", "diversity") if selective is not None else ()  # parameters
         self._retriever, self._items, self._users = retriever, items, users
         self._catalogue, self._limits = catalogue, limits
         self._version = catalogue.version
 
-    def get_similar(self, parameters: Parameters) -> Single:
+    def get_similar(self, parameters: Parameters) -> Work | Single:
         key: Key | None = None
         k = 10
+        wished: dict[str, str] = {}
         for name, value in parameters:
             if name == "key":
                 key = _parse_key(name, value, self._catalogue.key_type)
             elif name == "k":
                 k = self._parse_k(value)
+            elif name in self._wished:
+                wished[name] = value
             else:
-                raise _no_such_parameter(name, ("key", "k"))
+                raise _no_such_parameter(name, ("key", "k", *self._wished))
         if key is None:
             raise Problem(400, "invalid_request", "the parameter `key` is missing: /v1/similar?key=...&k=10")
-        return Single(Similar(k), key)
+        return self._similar_one(key, k, self._wishes(wished)) if wished else Single(Similar(k), key)
 
-    def get_recommend(self, parameters: Parameters) -> Single:
+    def get_recommend(self, parameters: Parameters) -> Work | Single:
         session: list[Key] = []
         user: Key | None = None
         k, exclude_seen = 10, True
+        wished: dict[str, str] = {}
         user_type = self._catalogue.user_type
         for name, value in parameters:
             if name == "items":
@@ -141,37 +146,46 @@ class Queries:
                 k = self._parse_k(value)
             elif name == "exclude_seen":
                 exclude_seen = _parse_bool(name, value)
+            elif name in self._wished:
+                wished[name] = value
             else:
                 known = ("items", "user", "k", "exclude_seen") if user_type else ("items", "k", "exclude_seen")
-                raise _no_such_parameter(name, known)
+                raise _no_such_parameter(name, (*known, *self._wished))
         if len(session) > self._limits.max_session:
             raise Problem(413, "session_too_long", f"{len(session)} items; the limit is {self._limits.max_session}")
-        return Single(Recommend(k, exclude_seen), (session, user))
+        wishes = self._wishes(wished) if wished else Wishes()
+        if not wishes:
+            return Single(Recommend(k, exclude_seen), (session, user))
+        self._check_size(1, k, wishes)
+        users = None if user is None else [user]
+
+        def answer() -> dict[str, Any]:
+            return self._document(self._recommend_batch([session], k, users, {}, exclude_seen, wishes)[0])
+
+        return Work(1, answer, is_plain=False)
 
     def post_similar(self, body: bytes) -> Work | Single:
         asked = self.models.parse(self.models.similar, body)
         wishes = wishes_of(asked)
         if hasattr(asked, "key"):
-            if not wishes:
-                return Single(Similar(asked.k), asked.key)
-            key = [asked.key]
-            self._check_size(1, asked.k, wishes)
-
-            def similar() -> Results:
-                try:
-                    found = self._wishing().similar(key, asked.k, wishes)
-                except KeyNotFound:
-                    self._note_not_found(key)
-                    raise
-                self._instruments.num_keys += 1
-                return found
-
-            return Work(
-                1,
-                lambda: self._document({"items": self._listed(similar())[0]}),
-                is_plain=False,
-            )
+            return self._similar_one(asked.key, asked.k, wishes)
         return self._batch(len(asked.keys), asked.k, lambda: self._similar_batch(asked.keys, asked.k, wishes), wishes)
+
+    def _similar_one(self, key: Key, k: int, wishes: Wishes) -> Work | Single:
+        if not wishes:
+            return Single(Similar(k), key)
+        self._check_size(1, k, wishes)
+
+        def answer() -> dict[str, Any]:
+            try:
+                found = self._wishing().similar([key], k, wishes)
+            except KeyNotFound:
+                self._note_not_found([key])
+                raise
+            self._instruments.num_keys += 1
+            return self._document({"items": self._listed(found)[0]})
+
+        return Work(1, answer, is_plain=False)
 
     def post_search(self, body: bytes) -> Work:
         asked = self.models.parse(self.models.search, body)
@@ -192,15 +206,20 @@ class Queries:
     def arrow_search(self, body: bytes, parameters: Parameters) -> Work:
         """`post_search` of an Arrow IPC stream, answered with one (see `http_arrow`)."""
         k = 10
+        wished: dict[str, str] = {}
         for name, value in parameters:
-            if name != "k":
-                raise _no_such_parameter(name, ("k",))
-            k = self._parse_k(value)
+            if name == "k":
+                k = self._parse_k(value)
+            elif name in self._wished:
+                wished[name] = value
+            else:
+                raise _no_such_parameter(name, ("k", *self._wished))
+        wishes = self._wishes(wished) if wished else Wishes()
         vectors = read_vectors(body, self._catalogue.dim, self._limits.max_batch)
-        self._check_size(len(vectors), k)
+        self._check_size(len(vectors), k, wishes)
 
         def answer() -> bytes:
-            found = self._answering.search(vectors, k)
+            found = self._wishing().search(vectors, k, wishes) if wishes else self._answering.search(vectors, k)
             start = time.perf_counter()
             scores = found.scores
             if found.lengths.min() < scores.shape[1]:
@@ -212,7 +231,7 @@ class Queries:
             self._instruments.document.since(start)
             return written
 
-        return Work(len(vectors), answer)
+        return Work(len(vectors), answer, is_plain=not wishes)
 
     def post_recommend(self, body: bytes) -> Work | Single:
         asked = self.models.parse(self.models.recommend, body)
@@ -291,6 +310,10 @@ class Queries:
     def _answering(self) -> Retrieval:
         """What answers questions without wishes now."""
         return self._selective if self._selective is not None and self._selective.overlay.now else self._retriever
+
+    def _wishes(self, wished: Mapping[str, str]) -> Wishes:
+        """Of parameters; a body has them as fields."""
+        return wishes_of(self.models.parse_wished(wished))
 
     def _wishing(self) -> SelectiveRetriever:
         assert self._selective is not None  # else the models have no such fields

@@ -181,10 +181,15 @@ class RequestModels:
         options: dict[str, Any] = {
             "k": (Annotated[int, Field(ge=1, le=limits.max_k, description="how many items")], 10)
         }
+        self.wished: type[BaseModel] | None = None  # what parameters may wish for
         if wishes:
-            options["filter"] = (_filter(key, limits) | None, Field(None, description="which items may be shown"))
+            wished: dict[str, Any] = {
+                "filter": (_filter(key, limits) | None, Field(None, description="which items may be shown"))
+            }
             about = "0: by score alone; towards 1: the less alike the better (maximal marginal relevance)"
-            options["diversity"] = (float, Field(0.0, ge=0.0, le=1.0, description=about))
+            wished["diversity"] = (float, Field(0.0, ge=0.0, le=1.0, description=about))
+            self.wished = _model("Wished", **wished)
+            options |= wished
         vector = _vector(catalogue.dim)
         self.similar = Pair(
             _model("Similar", key=(key, ...), **options),
@@ -226,6 +231,17 @@ class RequestModels:
         """
         document = _json_object(body, pair.names)
         return _checked(document, pair.single if pair.plurals.isdisjoint(document) else pair.batch)
+
+    def parse_wished(self, given: Mapping[str, str]) -> Any:
+        """The checked model of the parameters `filter` and `diversity`, each as JSON has it. Raises Problem 400."""
+        assert self.wished is not None
+        document = {}
+        for name, text in given.items():
+            try:
+                document[name] = orjson.loads(text)
+            except orjson.JSONDecodeError as error:
+                raise Problem(400, "invalid_request", f"the parameter `{name}` is not valid JSON: {error}") from None
+        return _checked(document, self.wished)
 
     def _batch(self, entry: Any) -> Any:
         """list[entry] with at least one and at most the limit's number of entries."""

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import OrderedDict
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import unquote_to_bytes
 
 import orjson
 
@@ -34,12 +34,14 @@ from embedding_service.traffic import takes_canary
 logger = logging.getLogger(__name__)
 
 CALLER = b"x-caller-id"
+_CALLER_FIELD = b"caller="
 _CLICKABLE = frozenset(("/v1/recommend", "/v1/similar", "/v1/search"))
 TIMED_ROUTES = _CLICKABLE | {"/v1/embed"}
 ROUTES = TIMED_ROUTES | {operation.path for operation in OPERATIONS} | {
     "/", "/page", "/docs", "/openapi.json", "/v1/health", "/v1/version", "/v1/figures", "/v1/map", "/v1/keys",
 }  # fmt: skip
-_OPEN = frozenset(("/v1/health",))  # asked by what looks after the service, which has no token
+_OPEN = frozenset(("/v1/health", "/page"))  # asked by what looks after the service, which has no token, and by browsers
+_PAGE = "/page/"  # files of the package; what they show is asked for with the token
 
 
 class HttpService:
@@ -71,7 +73,7 @@ class HttpService:
                 if path in self._management.paths:
                     response = await self._management.respond(scope["method"], path, scope, receive)
                 else:
-                    if self._access.read is not None and path not in _OPEN and not path.startswith("/page"):
+                    if self._access.read is not None and path not in _OPEN and not path.startswith(_PAGE):
                         self._access.check_read(scope)
                     caller = self._caller(scope)
                     if path == "/openapi.json" and scope["method"] == "GET":
@@ -96,7 +98,7 @@ class HttpService:
 
     def _note(self, path: str, status: int, seconds: float, loaded: Loaded | None, scope: Scope) -> None:
         version = loaded.version if loaded is not None else ""
-        route = path if path in ROUTES else "/page" if path.startswith("/page/") else "other"
+        route = path if path in ROUTES else "/page" if path.startswith(_PAGE) else "other"
         self._instruments.note_request(version, route, status, seconds)
         if self._access_log:
             request_id = header(scope, REQUEST_ID)[:MAX_ID].decode("latin-1") or None
@@ -105,7 +107,7 @@ class HttpService:
             log_event(logger, "request", **told, status=status, ms=ms, version=version or None)
 
     def _caller(self, scope: Scope) -> bytes:
-        caller = _take_caller(scope) if b"caller=" in scope["query_string"] else b""
+        caller = _take_caller(scope) if _CALLER_FIELD in scope["query_string"] else b""
         return caller if self._versions.now.canary is None else header(scope, CALLER) or caller
 
     def _enter(self, caller: bytes) -> Loaded:
@@ -143,12 +145,10 @@ class HttpService:
 
 
 def _take_caller(scope: Scope) -> bytes:
-    """The parameter `caller`, which is taken out of the query string."""
-    pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True, encoding="latin-1")
-    rest: list[Any] = [pair for pair in pairs if pair[0] != "caller"]
-    callers = [value for name, value in pairs if name == "caller"]
+    """The parameter `caller`, which is taken out of the query string; the rest of that stays as it was sent."""
+    parts: list[bytes] = scope["query_string"].split(b"&")
+    callers = [part for part in parts if part.startswith(_CALLER_FIELD)]
     if not callers:
         return b""
-    scope["query_string"] = urlencode(rest, encoding="latin-1").encode()
-    first: str = callers[0]
-    return first.encode("latin-1")
+    scope["query_string"] = b"&".join(part for part in parts if not part.startswith(_CALLER_FIELD))
+    return unquote_to_bytes(callers[0].removeprefix(_CALLER_FIELD).replace(b"+", b" "))

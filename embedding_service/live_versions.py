@@ -10,8 +10,10 @@ The version that was live before stays in memory, so that going back is one flip
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -83,6 +85,7 @@ class LiveVersions:
         self._loading = threading.Lock()
         self._ended = threading.Event()
         self._process, self._kept = uuid.uuid4().hex, ""
+        self._place: int | None = None  # a handle, while others may look at where this one is
         self._stamp = store.stamp() if store is not None else (0, 0)
         self._here: dict[str, Loaded] = {}
         state = self._state()
@@ -114,6 +117,8 @@ class LiveVersions:
                     logger.error("stays at version %s: %s", self.now.live.version, error)
                 self.problem = str(error) or type(error).__name__
                 return
+            finally:
+                self._keep_place()
             self._retire(keep={state.live, state.canary, *state.previous[-1:]})
             self._tell()
 
@@ -148,6 +153,9 @@ class LiveVersions:
 
     def close(self) -> None:
         self._ended.set()
+        if self._place is not None:
+            os.close(self._place)
+            self._place = None
         for loaded in list(self._here.values()):
             loaded.api.close()
 
@@ -204,6 +212,18 @@ class LiveVersions:
         assert self._store is not None
         for version in set(self.tallies) - set(self._store.names()) - set(self._here):
             del self.tallies[version]
+
+    def _keep_place(self) -> None:
+        """Where an activation looks whether all replicas have flipped."""
+        if self._store is None or self._ended.is_set():
+            return
+        now = self.now
+        canary = now.canary.version if now.canary is not None else ""
+        place = {"live": now.live.version, "canary": canary, "sequence": now.sequence, "problem": self.problem}
+        with contextlib.suppress(OSError):  # a folder that is read-only: then nothing is activated either
+            if self._place is None:
+                self._place = self._store.take_place(self._process)
+            self._store.note_place(self._process, place)
 
     def _keep_counts(self) -> None:
         """Where the other processes find them, and those that come after this one."""

@@ -76,7 +76,7 @@ class Ragged:
     @property
     def lengths(self) -> Offsets:
         """int64 [n]"""
-        return np.diff(self.offsets)
+        return self.offsets[1:] - self.offsets[:-1]  # np.diff takes five times as long for one query
 
     def owners(self) -> Offsets:
         """int64 [len(values)]: the list that each value belongs to."""

@@ -53,7 +53,10 @@ class Results:
 
     @functools.cached_property
     def keys(self) -> list[list[Key]]:
-        flat = self.flat_keys.to_pylist()
+        if pa.types.is_int64(self.flat_keys.type) and not self.flat_keys.null_count:
+            flat = self.flat_keys.to_numpy().tolist()  # a third of the time of `to_pylist`
+        else:
+            flat = self.flat_keys.to_pylist()
         ends = list(itertools.accumulate(self.lengths.tolist(), initial=0))
         return [flat[start:end] for start, end in itertools.pairwise(ends)]
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cluster.errors import SettingError
 from embedding_service.artifact import MANIFEST, Artifact
 from embedding_service.gates import Gates
+from embedding_service.http_access import Access, find_access
 from embedding_service.http_artifact import check_servable
 from embedding_service.http_schema import Limits
 from embedding_service.index_plan import MAX_SHARDS
@@ -19,7 +20,8 @@ from embedding_service.index_shards import shards_of
 from embedding_service.service_logs import LogFormat
 from embedding_service.versions import VersionStore
 
-MAX_ONGOING = 256  # requests in a replica at a time, and as many that wait
+MAX_ONGOING = 128  # requests in a replica at a time
+MAX_QUEUED = 192  # and that wait
 
 
 class _Args(BaseModel):
@@ -66,6 +68,7 @@ class ServiceArgs(_Args):
     timeout_seconds: float = Field(Limits.timeout_seconds, gt=0.0)
     token_file: str = Field("", description="one line, on every node; else the environment variable LEXSHARD_TOKEN")
     read_token_file: str = Field("", description="the same for reading; else LEXSHARD_READ_TOKEN, else reading is open")
+    feedback_token_file: str = Field("", description="for feedback; else LEXSHARD_FEEDBACK_TOKEN, else as for reading")
     admit_seconds: float = Field(1800.0, gt=0.0, description="within which a version must be checked and judged")
     gates: GateArgs = GateArgs()
     probe_seconds: float = Field(60.0, ge=0.0, description="between two looks at the live indexes' recall; 0: none")
@@ -79,6 +82,10 @@ class ServiceArgs(_Args):
     def most_processes(self) -> int:
         """Replicas and shards."""
         return max(self.replicas, self.max_replicas) + self.shards
+
+    def access(self) -> Access:
+        """Raises SettingError."""
+        return find_access(self.token_file, self.read_token_file, self.feedback_token_file)
 
     def limits(self) -> Limits:
         return Limits(**{name: getattr(self, name) for name in asdict(Limits())})

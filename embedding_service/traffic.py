@@ -6,14 +6,14 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 _BUCKETS_PER_OCTAVE = 4
 _SMALLEST_SECONDS = 1e-5
 _NUM_BUCKETS = 24 * _BUCKETS_PER_OCTAVE  # up to 168 s
 _BOUNDS_SECONDS = [_SMALLEST_SECONDS * 2.0 ** (i / _BUCKETS_PER_OCTAVE) for i in range(1, _NUM_BUCKETS)]
-_REMEMBERED = 100_000  # request ids whose first click was counted
+_REMEMBERED = 100_000  # request ids, and items clicked on in them, that were counted
 
 
 class Interval(NamedTuple):
@@ -46,7 +46,7 @@ class Tally:
     def __init__(self) -> None:
         self.requests = self.failed = self.answered = self.clicked = self.clicks = 0
         self._buckets = [0] * _NUM_BUCKETS
-        self._clicked: OrderedDict[str, None] = OrderedDict()
+        self._clicked: OrderedDict[Hashable, None] = OrderedDict()
 
     def note(self, status: int, seconds: float, *, recommends: bool) -> None:
         """One request; `recommends`: its answer is something that a user may click on."""
@@ -57,14 +57,20 @@ class Tally:
             self.answered += 1
         self._buckets[bisect_right(_BOUNDS_SECONDS, seconds)] += 1
 
-    def note_click(self, request_id: str) -> None:
-        """A click on an answer; only the first one on each request makes it a clicked one."""
-        self.clicks += 1
-        if request_id not in self._clicked:
-            self.clicked += 1
-            self._clicked[request_id] = None
-            if len(self._clicked) > _REMEMBERED:
-                self._clicked.popitem(last=False)
+    def note_click(self, request_id: str, key: Hashable) -> None:
+        """A click on an item of an answer, which counts once; the first one on each request makes it a clicked one."""
+        if self._first((request_id, key)):
+            self.clicks += 1
+            self.clicked += self._first(request_id)
+
+    def _first(self, seen: Hashable) -> bool:
+        """Whether this was not among the last ones seen; now it is."""
+        if seen in self._clicked:
+            return False
+        self._clicked[seen] = None
+        if len(self._clicked) > _REMEMBERED:
+            self._clicked.popitem(last=False)
+        return True
 
     def counts(self) -> dict[str, Any]:
         names = ("requests", "failed", "answered", "clicked", "clicks")

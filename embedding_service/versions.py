@@ -5,6 +5,7 @@
     <root>/.serving/state.json         `Serving`: live, previous and canary version; flipped atomically
                     admission.json     the activation that runs, or the last one and how it ended
                     verdicts/<version>.json   what the gates measured before the version went live
+                    replicas/<process>.json   what each replica serves; it holds a lock beside it as long as it lives
 
 A replica that is started, or started again, reads the state; all look at it several times a second (`LiveVersions`).
 Nothing here depends on Ray: the state outlives replicas, the controller and the cluster. Where there is none yet, the
@@ -222,6 +223,37 @@ class VersionStore:
                 logger.warning("%s: figures of traffic are left out: %s", file, error)
         return found
 
+    def take_place(self, process: str) -> int:
+        """A handle to be kept open: as long as it is, what `note_place` said of this replica counts."""
+        (self._folder / "replicas").mkdir(parents=True, exist_ok=True)
+        handle = os.open(self._folder / "replicas" / f"{process}.lock", os.O_CREAT | os.O_RDWR, 0o644)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return handle
+
+    def note_place(self, process: str, place: Mapping[str, Any]) -> None:
+        """What a replica serves: "live", "canary", the "sequence" of the state that it follows, its "problem"."""
+        write_atomic(self._folder / "replicas" / f"{process}.json", json.dumps(place).encode())
+
+    def places(self) -> list[dict[str, Any]]:
+        """What the replicas that live serve; none where the folder is read-only. What dead ones left is removed."""
+        found = []
+        for file in (self._folder / "replicas").glob("[0-9a-f]*.json"):
+            try:
+                with _lock(file.with_suffix(".lock"), wait=False):
+                    file.unlink()
+                    file.with_suffix(".lock").unlink()
+            except BlockingIOError:
+                if (place := self._read(f"replicas/{file.name}")) is not None:
+                    found.append(place)
+            except FileNotFoundError:  # another process has removed it
+                continue
+        return found
+
+    def flipped(self, sequence: int) -> dict[str, int]:
+        """How many of the "replicas" have "flipped" to the state of that sequence, or to a later one."""
+        places = self.places()
+        return {"flipped": sum(place["sequence"] >= sequence for place in places), "replicas": len(places)}
+
     def _counts_files(self) -> list[Path]:
         """The oldest first."""
         times = {}
@@ -231,11 +263,20 @@ class VersionStore:
         return sorted(times, key=lambda file: times[file])
 
     def admission(self) -> dict[str, Any] | None:
-        """The activation that runs, or the last one; "interrupted" where its process has ended before it did."""
+        """The activation that runs, or the last one; "interrupted" where its process has ended before it did.
+
+        While it is "flipping", or has ended so, it tells how many replicas have flipped by now; when all have, it has
+        ended as it was to.
+        """
         found = self._read("admission.json")
         if found is not None and found.get("state") == "checking":
             with contextlib.suppress(BlockingIOError), self.admitting():
                 return {**found, "state": "interrupted"}
+        if found is not None and found.get("state") == "flipping":
+            counted = self.flipped(found["sequence"])
+            if counted["flipped"] == counted["replicas"]:
+                return {**found, **counted, "state": found["ends"], "reason": ""}
+            return {**found, **counted}
         return found
 
     def note_admission(self, document: Mapping[str, Any]) -> None:
@@ -342,9 +383,9 @@ def _check_entries(folder: Path, source: str, listed: Collection[str]) -> None:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, *, wait: bool) -> Iterator[None]:
+def _lock(path: Path, *, wait: bool) -> Iterator[None]:
     """The kernel gives the lock back when its process ends, however that is."""
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield

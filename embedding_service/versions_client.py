@@ -63,8 +63,11 @@ def change(service: str, action: str, version: str, *, share: float | None, forc
     if share is not None:
         body["share"] = share
     told = ask(service, "POST", f"/v1/versions/{action}", body, token_file=token_file)
-    while told.get("state") == "checking":
+    while told.get("state") in ("checking", "flipping") and not told.get("reason"):
         told = _still(service, version, token_file)
+    if told.get("state") == "flipping":
+        here = f"{told['flipped']} of {told['replicas']} replicas"
+        raise LexshardError(f"version {version} is to be {told['ends']}, and is so on {here}: {told['reason']}")
     if told.get("state") in ("refused", "interrupted"):
         raise ArtifactError(f"version {version} was {told['state']}: {told.get('reason', 'its replica has ended')}")
     lines = [f"{told.get('state', 'live' if action == 'rollback' else action)}: {told.get('live', version)}"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -17,25 +18,43 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
 
-_LUA = """
-local targets = {}
-for line in io.lines(%(targets)s) do targets[#targets + 1] = line end
-local next_target = 0
+_REQUESTS = """
+local requests = {}
+for one in io.open(%(requests)s, "rb"):read("*a"):gmatch("[^%%z]+") do requests[#requests + 1] = one end
+local turn = 0
 request = function()
-  next_target = next_target %% #targets + 1
-  return wrk.format("GET", targets[next_target])
+  turn = turn %% #requests + 1
+  return requests[turn]
 end
+"""
+_FIGURES = """
 done = function(summary, latency)
   local e = summary.errors
-  io.write(string.format('\\n{"requests": %%d, "microseconds": %%d, "p50_us": %%f, "p99_us": %%f, "errors": %%d}',
+  io.write(string.format('\\n{"requests": %d, "microseconds": %d, "p50_us": %f, "p99_us": %f, "errors": %d}',
     summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
     e.connect + e.read + e.write + e.status + e.timeout))
 end
 """
+
+
+class Request(NamedTuple):
+    """GET `path` (with query), or POST a JSON document to it."""
+
+    path: str
+    body: bytes = b""
+    headers: tuple[tuple[str, ...], ...] = ()
+
+    def raw(self, host: str) -> bytes:
+        lines = [f"{'POST' if self.body else 'GET'} {self.path} HTTP/1.1", f"Host: {host}"]
+        lines += [f"{name}: {value}" for name, value in self.headers]
+        if self.body:
+            lines += ["Content-Type: application/json", f"Content-Length: {len(self.body)}"]
+        return "\r\n".join([*lines, "", ""]).encode() + self.body
 
 
 @dataclass(frozen=True)
@@ -52,38 +71,49 @@ def client_name() -> str:
     return "wrk" if shutil.which("wrk") else "python"
 
 
-def measure(address: str, targets: Sequence[str], *, connections: int, seconds: float) -> Load:
-    """GET `targets` (paths with query) at `address` in turn over keep-alive connections, as fast as answers come."""
+def measure(address: str, requests: Sequence[Request], *, connections: int, seconds: float) -> Load:
+    """Send `requests` to `address` in turn over keep-alive connections, as fast as answers come."""
+    if client_name() == "wrk":
+        counted = run_wrk(address, requests, _FIGURES, connections=connections, seconds=seconds)
+        return Load(
+            requests_per_second=counted["requests"] / (counted["microseconds"] / 1e6),
+            p50_ms=counted["p50_us"] / 1e3,
+            p99_ms=counted["p99_us"] / 1e3,
+            errors=counted["errors"],
+        )
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "targets"
-        file.write_text("\n".join(targets) + "\n")
-        if client_name() == "wrk":
-            return _wrk(address, file, connections, seconds)
-        command = [
-            sys.executable,
-            "-m",
-            "tests.benchmarks.http_load",
-            address,
-            str(file),
-            str(connections),
-            str(seconds),
-        ]
+        file = _written(Path(folder), address, requests)
+        arguments = [address, str(file), str(connections), str(seconds)]
+        command = [sys.executable, "-m", "tests.benchmarks.http_load", *arguments]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        return Load(**json.loads(done.stdout))
+    return Load(**json.loads(done.stdout))
 
 
-def _wrk(address: str, targets: Path, connections: int, seconds: float) -> Load:
-    script = targets.with_suffix(".lua")
-    script.write_text(_LUA % {"targets": json.dumps(str(targets))})
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}", "-s", str(script), address]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    counted = json.loads(done.stdout.splitlines()[-1])
-    return Load(
-        requests_per_second=counted["requests"] / (counted["microseconds"] / 1e6),
-        p50_ms=counted["p50_us"] / 1e3,
-        p99_ms=counted["p99_us"] / 1e3,
-        errors=counted["errors"],
-    )
+def run_wrk(
+    address: str,
+    requests: Sequence[Request],
+    script: str,
+    *,
+    connections: int,
+    seconds: float,
+    timeout_seconds: float = 2.0,
+) -> dict[str, Any]:
+    """The JSON object that the Lua `script`, run behind the one that gives the requests, writes as its last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = _written(Path(folder), address, requests)
+        lua = file.with_suffix(".lua")
+        lua.write_text(_REQUESTS % {"requests": json.dumps(str(file))} + script)
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}"]
+        command += ["--timeout", f"{math.ceil(timeout_seconds)}s", "-s", str(lua), address]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _written(folder: Path, address: str, requests: Sequence[Request]) -> Path:
+    file = folder / "requests"
+    file.write_bytes(b"\0".join(request.raw(urlsplit(address).netloc) for request in requests))
+    return file
 
 
 async def _drive(host: str, port: int, requests: list[bytes], connections: int, seconds: float) -> Load:
@@ -125,15 +155,12 @@ async def _skip_body(reader: asyncio.StreamReader, head: bytes) -> None:
 def _main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("address")
-    parser.add_argument("targets", type=Path)
+    parser.add_argument("requests", type=Path)
     parser.add_argument("connections", type=int)
     parser.add_argument("seconds", type=float)
     args = parser.parse_args()
     url = urlsplit(args.address)
-    requests = [
-        f"GET {target} HTTP/1.1\r\nHost: {url.netloc}\r\n\r\n".encode()
-        for target in args.targets.read_text().split("\n")[:-1]
-    ]
+    requests = args.requests.read_bytes().split(b"\0")
     load = asyncio.run(_drive(url.hostname or "", url.port or 80, requests, args.connections, args.seconds))
     print(json.dumps(asdict(load)))
 

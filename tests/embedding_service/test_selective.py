@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from embedding_service import selective as selective_module
 from embedding_service.artifact import Artifact, ArtifactWriter
 from embedding_service.attributes import Attributes
 from embedding_service.gates import Gates
+from embedding_service.http_schema import ARROW_TYPE
 from embedding_service.keys import Vocabulary
 from embedding_service.overlay import Added, Overlay
 from embedding_service.retrieval import Retriever
@@ -32,6 +34,7 @@ from tests.embedding_service.artifacts import DIM as PUBLISHED_DIM
 from tests.embedding_service.artifacts import HISTORY, clustered, publish
 from tests.embedding_service.services import LocalService
 from tests.embedding_service.test_hostile_versions import replaced
+from tests.embedding_service.test_http_arrow import column, stream
 
 ROWS, DIM, K = 3000, 16, 10
 KEYS = [f"i{row:04d}" for row in range(ROWS)]
@@ -256,7 +259,7 @@ class TestSideTable:
             return subprocess.CompletedProcess(command, 0, '{"figures": []}', "")
 
         monkeypatch.setattr(subprocess, "run", run)
-        for name in ("LEXSHARD_TOKEN", "LEXSHARD_READ_TOKEN", "LEXSHARD_OTHER"):
+        for name in ("LEXSHARD_TOKEN", "LEXSHARD_READ_TOKEN", "LEXSHARD_FEEDBACK_TOKEN", "LEXSHARD_OTHER"):
             monkeypatch.setenv(name, "a-secret-of-the-tests")
         assert admission.admit_apart(version, None, Gates(), timeout_seconds=1) == []
         assert [name for name in given if name.startswith("LEXSHARD_")] == ["LEXSHARD_OTHER"]
@@ -435,6 +438,26 @@ class TestOverHttp:
         assert batch.json["results"][0]["items"] == single["items"]
         similar = service.ask("POST", "/v1/similar", {"key": "i0001", "filter": {"allow": ["i0005"]}}).json
         assert [item["key"] for item in similar["items"]] == ["i0005"]
+        wished = f"filter={quote(json.dumps(body['filter']))}&diversity=0.5"
+        asked = {**body, "diversity": 0.5}
+        by_parameter = service.ask("GET", f"/v1/recommend?items=i0001&k=6&{wished}").json
+        assert by_parameter["items"] == service.ask("POST", "/v1/recommend", asked).json["items"]
+        del asked["session"]
+        by_parameter = service.ask("GET", f"/v1/similar?key=i0001&k=6&{wished}").json
+        assert by_parameter["items"] == service.ask("POST", "/v1/similar", {**asked, "key": "i0001"}).json["items"]
+        vectors = np.random.default_rng(0).standard_normal((3, DIM)).astype(np.float32)
+        found = service.ask("POST", f"/v1/search?k=6&{wished}", stream([column(vectors)]), content_type=ARROW_TYPE)
+        expected = service.ask("POST", "/v1/search", {**asked, "vectors": vectors.tolist()}).json["results"]
+        answered = pa.ipc.open_stream(found.body).read_all()
+        assert answered["keys"].to_pylist() == [[item["key"] for item in one["items"]] for one in expected]
+        for parameter, told in (
+            ("filter=x", "the parameter `filter` is not valid JSON"),
+            ("filter=[]", "`filter`: must be a JSON object"),
+            ('filter={"wher":{}}', "there is no field `filter.wher`; did you mean `where`?"),
+            ("diversity=2", "`diversity`: input should be less than or equal to 1"),
+        ):
+            status, _, message = service.ask("GET", f"/v1/similar?key=i0001&{parameter}").error
+            assert (status, message[: len(told)]) == (400, told)
         refused = service.ask("POST", "/v1/similar", {"key": "i0001", "filter": {"where": {"x": 1}}}).error
         assert refused[:2] == (400, "invalid_request")
         unknown = service.ask("POST", "/v1/similar", {"key": "i0001", "filter": {"wher": {}}}).error

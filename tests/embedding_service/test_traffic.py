@@ -27,8 +27,8 @@ def test_tallies_of_processes_add_up() -> None:
     other.note(500, 0.001, recommends=True)
     other.note(404, 0.001, recommends=True)
     other.note(200, 0.001, recommends=False)
-    for request in ("a", "a", "b"):
-        one.note_click(request)
+    for request, key in (("a", 1), ("a", 2), ("a", 1), ("b", 1)):
+        one.note_click(request, key)
     found = figures([one.counts(), other.counts()])
     assert (found["requests"], found["failed"], found["answered"]) == (103, 1, 100)
     assert (found["clicks"], found["clicked"], found["ctr"]) == (3, 2, 0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,9 @@ from embedding_service import admission, http_management, versions
 from embedding_service.artifact import Artifact
 from embedding_service.gates import Gates, judge
 from embedding_service.http_access import find_access
+from embedding_service.http_api import HttpApi
+from embedding_service.http_service import _take_caller
+from embedding_service.manifest import parse_manifest
 from embedding_service.retrieval import Retriever
 from embedding_service.traffic import Tally, takes_canary
 from embedding_service.versions import VersionStore
@@ -228,6 +232,29 @@ class TestGates:
         assert found["compatible"] == (0.0, False)
         assert "coverage" not in found
 
+    @pytest.mark.parametrize("held_out", [True, False])
+    def test_recall_of_the_indexes_is_measured_whatever_the_manifest_says(
+        self, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: bool
+    ) -> None:
+        file = tmp_path / "cases.parquet"
+        pq.write_table(pa.table({"history": [["i0001"], ["i0002", "i0003"], ["?"]], "items": [["i0021"]] * 3}), file)
+        gates = Gates(cases=str(file)) if held_out else Gates()
+        candidate = Retriever(Artifact.open(published / "a"))
+        (good,) = judge(candidate, None, gates)
+        assert (good.value, good.passed) == (1.0, True)
+        search = candidate.candidates("recommend").search
+
+        def worse(queries: np.ndarray, k: int) -> object:
+            scores, rows = search(queries, 2 * k)
+            return scores[:, ::2], rows[:, ::2]
+
+        monkeypatch.setattr(candidate.candidates("recommend"), "search", worse)
+        (bad,) = judge(candidate, None, gates)
+        assert (bad.value, bad.passed) == (0.5, False)
+        k = candidate.artifact.manifest["indexes"]["recommend"]["recall"]["k"]
+        told = "2 held-out sessions" if held_out else f"{NUM_ITEMS} stored vectors"
+        assert bad.note == f"index recommend, @{k}, {told}"
+
     def test_recall_on_held_out_sessions(self, published: Path, tmp_path: Path) -> None:
         """Item i is followed by those of its cluster: sessions of items that `c` lacks are answered by `a` alone."""
         retriever = Retriever(Artifact.open(published / "a"))
@@ -310,11 +337,86 @@ class TestService:
         for _ in range(4):
             service.ask("GET", "/v1/recommend?items=i0001")
         click = {"version": "a", "request_id": "r1", "key": "i0002"}
-        assert service.ask("POST", "/v1/feedback", click).status == 204
-        assert service.ask("POST", "/v1/feedback", click).status == 204
+        for body in (click, click, {**click, "key": "i0003"}, click):  # a click that is told twice counts once
+            assert service.ask("POST", "/v1/feedback", body).status == 204
         assert service.ask("POST", "/v1/feedback", {**click, "version": "zz"}).error[:2] == (404, "unknown_version")
         traffic = service.ask("GET", "/v1/versions").json["versions"][0]["traffic"]
         assert (traffic["ctr"], traffic["clicks"], traffic["answered"]) == (0.25, 2, 4)
+
+    def test_a_version_is_live_when_all_replicas_have_flipped(
+        self, service: LocalService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other, may_load = LocalService(service.root, "a"), threading.Event()
+        load = other.versions._open
+
+        def late(version: str, verify: bool) -> HttpApi:
+            assert may_load.wait(60)
+            return load(version, verify)
+
+        monkeypatch.setattr(other.versions, "_open", late)
+        reply = service.ask("POST", "/v1/versions/activate", {"version": "b", "wait_seconds": 1})
+        assert (reply.status, reply.json["state"]) == (202, "flipping")
+        told = service.ask("GET", "/v1/versions").json
+        assert (told["live"], told["here"]["live"]) == ("b", "b")
+        assert (told["admission"]["flipped"], told["admission"]["replicas"]) == (1, 2)
+        assert other.ask("GET", "/v1/health").json["version"] == "a"
+        may_load.set()
+        while (told := service.ask("GET", "/v1/versions").json["admission"])["state"] == "flipping":
+            pass
+        assert (told["state"], told["flipped"], told["replicas"]) == ("live", 2, 2)
+        assert other.ask("GET", "/v1/health").json["version"] == "b"
+        other.close()
+        assert service.ask("POST", "/v1/versions/rollback", {}).json["replicas"] == 1
+
+    def test_a_replica_that_does_not_flip_is_told_with_its_reason(
+        self, service: LocalService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(http_management, "FLIP_SECONDS", 0.1)
+        behind = {"live": "a", "canary": "", "sequence": 0, "problem": "out of memory"}
+        handle = service.store.take_place("0a")
+        service.store.note_place("0a", behind)
+        os.close(service.store.take_place("0b"))
+        service.store.note_place("0b", {**behind, "problem": "of one that has ended"})
+        file = service.root / ".serving" / "replicas" / "0b.json"
+        reply = service.ask("POST", "/v1/versions/activate", {"version": "b", "wait_seconds": 60})
+        assert (reply.status, reply.json["state"], reply.json["reason"]) == (202, "flipping", "out of memory")
+        assert (reply.json["flipped"], reply.json["replicas"], file.exists()) == (1, 2, False)
+        os.close(handle)
+        assert service.ask("GET", "/v1/versions").json["admission"]["state"] == "live"
+
+    def test_a_listing_reads_only_manifests_that_have_changed(
+        self, service: LocalService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[str] = []
+
+        def parse(text: bytes, version: str) -> object:
+            read.append(version)
+            return parse_manifest(text, version)
+
+        monkeypatch.setattr(http_management, "parse_manifest", parse)
+        first = service.ask("GET", "/v1/versions").json["versions"]
+        assert read == ["a", "b", "c", "d"]
+        file = service.root / "b" / "manifest.json"
+        text = file.read_text()
+        file.unlink()  # it is a hard link
+        manifest = json.loads(text)
+        file.write_text(json.dumps({**manifest, "figures": {**manifest["figures"], "new": 0.5}}))
+        second = service.ask("GET", "/v1/versions").json["versions"]
+        assert read == ["a", "b", "c", "d", "b"]
+        assert (first[0], second[1]["figures"]) == (second[0], {**first[1]["figures"], "new": 0.5})
+
+    @pytest.mark.parametrize(
+        ("query", "caller", "rest"),
+        [
+            ("key=1&caller=a%20b+c&k=2", b"a b c", b"key=1&k=2"),
+            ("caller=&key=%C3%A4", b"", b"key=%C3%A4"),
+            ("key=1&xcaller=2", b"", b"key=1&xcaller=2"),
+            ("caller=a&caller=b", b"a", b""),
+        ],
+    )
+    def test_the_caller_is_taken_out_of_the_query(self, query: str, caller: bytes, rest: bytes) -> None:
+        scope = {"query_string": query.encode()}
+        assert (_take_caller(scope), scope["query_string"]) == (caller, rest)
 
     def test_counts_outlive_the_process(self, service: LocalService) -> None:
         service.ask("GET", "/v1/recommend?items=i0001")
@@ -415,8 +517,26 @@ class TestAccess:
             assert service.ask("GET", path, token=b"the-token-of-readers").status == 200
             assert service.ask("GET", path).status == 200
         assert service.ask("GET", "/v1/health", token=b"").status == 200
+        assert service.ask("GET", "/page", token=b"").status == 200  # files of the package; what they show is asked for
+        for path in ("/pages", "/page-of-mine", "/v1/map", "/v1/keys?prefix=i", "/v1/figures"):
+            assert service.ask("GET", path, token=b"").error[:2] == (401, "token_required")
         changed = service.ask("POST", "/v1/versions/rollback", {}, token=b"the-token-of-readers")
         assert changed.error[:2] == (401, "token_required")
+        service.close()
+
+    def test_feedback_with_a_token_of_its_own(self, root: Path) -> None:
+        service = LocalService(root, "a", read_token=b"the-token-of-readers")
+        click = {"version": "a", "request_id": "r1", "key": "i0002"}
+        assert service.ask("POST", "/v1/feedback", click, token=b"the-token-of-readers").status == 204
+        access = service.management._access
+        service.management._access = dataclasses.replace(access, feedback=b"the-token-of-clicks")
+        assert service.ask("POST", "/v1/feedback", click, token=b"the-token-of-readers").error[:2] == (
+            401,
+            "token_required",
+        )
+        for token in (b"the-token-of-clicks", TOKEN):
+            assert service.ask("POST", "/v1/feedback", click, token=token).status == 204
+        assert service.ask("GET", "/v1/versions", token=b"the-token-of-clicks").status == 401
         service.close()
 
     def test_tokens_are_found_and_never_shown(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,6 +547,7 @@ class TestAccess:
         access = find_access(str(file))
         assert access.change == b"secret-secret-secret"
         assert "secret" not in repr(access)
+        assert find_access("", "", str(file)).feedback == b"secret-secret-secret"
         monkeypatch.setenv("LEXSHARD_TOKEN", "short")
         with pytest.raises(SettingError, match="LEXSHARD_TOKEN: the environment variable must hold") as caught:
             find_access()

@@ -61,6 +61,13 @@ def test_activation_waits_until_it_is_decided(asked: list[Any]) -> None:
         versions_client.change("http://service", "activate", "v2", share=None, force=False)
 
 
+def test_an_activation_that_some_replicas_do_not_follow(asked: list[Any]) -> None:
+    flipping = {"version": "v2", "state": "flipping", "ends": "live", "flipped": 1, "replicas": 3}
+    ANSWERS[:] = [flipping, {"admission": flipping}, {"admission": {**flipping, "reason": "out of memory"}}]
+    with pytest.raises(LexshardError, match="version v2 is to be live, and is so on 1 of 3 replicas: out of memory"):
+        versions_client.change("http://service", "activate", "v2", share=None, force=False)
+
+
 def test_a_roll_back_names_what_it_leaves(asked: list[Any]) -> None:
     ANSWERS[:] = [{"live": "v2"}, {"live": "v1"}]
     assert versions_client.change("http://service", "rollback", "", share=None, force=False)[1] == ["live: v1"]

@@ -1,0 +1,177 @@
+"""The HTTP service under load, against a bare Ray Serve endpoint, in-process FAISS and a Chroma server, in one run.
+
+    python -m tests.benchmarks.serve_load [--seconds 3] [--rounds 3] [--chroma PATH]
+
+HNSW over 100 k items; one replica, one machine: service, proxy and load generator share its cores. Rounds alternate
+between what is compared, and a figure is the median of its rounds.
+
+    single_over_bare   requests/s of similar over those of bare at concurrency 32, see `http_endpoints` for bare
+    single_over_bare_unwatched  the same where Serve is asked not to watch the bare endpoint's clients either
+    p99_over_bare      99th percentile of latency of the same
+    bulk_over_faiss    the lower of Arrow requests of 1 k and 10 k queries, from the first byte sent to the last
+                       received, over `search` of the same index with as many threads in this process
+    overload_kept      answers (200) per second over the peak's, at twice the peak's rate of requests; null where
+                       requests were lost or late, or the rate stayed below 1.6 peaks: `overload` says which
+    peer               POST of one query vector, JSON, to a Chroma server with the same vectors and to ours; in words
+                       where `chroma` (pip install chromadb, in an environment of its own) is not here
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from embedding_service.app import Service, serve_artifact
+from embedding_service.artifact import Artifact
+from embedding_service.exact import exact_search
+from embedding_service.retrieval import Retriever
+from tests.benchmarks.chroma_server import chroma_server, find_chroma
+from tests.benchmarks.http_endpoints import (
+    DIM,
+    Endpoint,
+    K,
+    arrow_stream,
+    build_artifact,
+    conditions,
+    deploy_bare,
+    faiss_index,
+    free_port,
+    measure_in_turns,
+    median_seconds,
+    note,
+    post,
+    query_vectors,
+    single_endpoints,
+)
+from tests.benchmarks.http_load import Request, client_name
+from tests.benchmarks.http_overload import overload
+
+CONCURRENCY = (1, 32, 256)
+BULK = (1000, 10_000)
+MAX_CONNECTIONS = 768  # twice what the service lets wait; wrk's own time grows with them
+FLOOD_SECONDS = 15.0  # a replica takes in new connections one by one, so that the first seconds are slower
+MIN_OFFERED = 1.6  # of the peak, else it was not an overload: refusals that come late hold connections up
+TIMEOUT_SECONDS = 10.0
+RECALL_QUERIES = 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0, help="per measurement")
+    parser.add_argument("--chroma", default="chroma", help="the peer's program")
+    args = parser.parse_args()
+    threads = os.cpu_count() or 1
+    load_before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        note(f"building HNSW over {args.items} x {DIM} synthetic clustered vectors")
+        artifact = build_artifact(Path(folder), args.items)
+        note("starting the service")
+        with serve_artifact(artifact.path, port=free_port(), threads=threads) as service:
+            deploy_bare(service, threads)
+            endpoints = single_endpoints(service, artifact)
+            singles = measure_in_turns(endpoints, CONCURRENCY, rounds=args.rounds, seconds=args.seconds)
+            flood = measure_overload(endpoints["similar"], singles["similar"])
+            bulk = measure_bulk(service, artifact, threads, args.rounds)
+            peer = measure_peer(service, artifact, args.chroma, args.rounds, args.seconds)
+    bare, unwatched, ours = (singles[name]["c32"] for name in ("bare", "bare_unwatched", "similar"))
+    result = {
+        "single_over_bare": ours["requests_per_second"] / bare["requests_per_second"],
+        "single_over_bare_unwatched": ours["requests_per_second"] / unwatched["requests_per_second"],
+        "bulk_over_faiss": min(bulk[f"arrow_{num}"] / bulk[f"faiss_{num}"] for num in BULK),
+        "p99_over_bare": ours["p99_ms"] / bare["p99_ms"],
+        "overload_kept": flood.pop("kept"),
+        "recommend_over_bare": singles["recommend"]["c32"]["requests_per_second"] / bare["requests_per_second"],
+        "singles": singles,
+        "overload": flood,
+        "bulk_queries_per_second": bulk,
+        "peer": peer,
+        **conditions(artifact, load_before),
+    }
+    print(json.dumps(result))
+
+
+def measure_overload(endpoint: Endpoint, measured: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Twice the peak for a while; `kept` is None where `problem` says why."""
+    peak = max(figures["requests_per_second"] for figures in measured.values())
+    if client_name() != "wrk":
+        return {"kept": None, "problem": "needs wrk: the client in Python is slower than the service"}
+    note(f"twice the peak: {2 * peak:.0f} requests/s")
+    found = overload(
+        *endpoint,
+        rate=2 * peak,
+        connections=MAX_CONNECTIONS,
+        seconds=FLOOD_SECONDS,
+        timeout_seconds=TIMEOUT_SECONDS,
+    )
+    problem = ""
+    if not found.is_orderly:
+        problem = f"{found.others} other answers, {found.broken} broken connections, {found.late} late answers"
+    elif found.offered < MIN_OFFERED * peak:
+        problem = f"{found.offered:.0f} requests/s were offered, {found.offered / peak:.2f} of the peak"
+    kept = None if problem else found.answered / peak
+    told = {
+        "peak": peak,
+        "answered_over_peak": found.answered / peak,
+        "timeout_seconds": TIMEOUT_SECONDS,
+        **asdict(found),
+        "problem": problem,
+    }
+    return {"kept": kept, **told}
+
+
+def measure_bulk(service: Service, artifact: Artifact, threads: int, rounds: int) -> dict[str, float]:
+    """Queries per second of one request, or one call, with so many queries."""
+    index = faiss_index(artifact, threads)
+    connection = http.client.HTTPConnection(service.address.removeprefix("http://"))
+    rates: dict[str, float] = {}
+    for num in BULK:
+        vectors = query_vectors(artifact, num)
+        arrow = post(connection, f"/v1/search?k={K}", arrow_stream(vectors))
+        seconds = median_seconds({"faiss": lambda v=vectors: index.search(v, K), "arrow": arrow}, 4 * rounds)
+        rates |= {f"{name}_{num}": num / taken for name, taken in seconds.items()}
+    connection.close()
+    return rates
+
+
+def measure_peer(
+    service: Service, artifact: Artifact, program: str, rounds: int, seconds: float
+) -> dict[str, Any] | str:
+    """Requests of one query vector each, to the peer and to ours, and recall@10 of both against exact search."""
+    found = find_chroma(program)
+    if found is None:
+        return f"skipped: there is no program {program!r} (pip install chromadb, in an environment of its own)"
+    queries = query_vectors(artifact, 2000)
+    ours = [Request("/v1/search", orjson.dumps({"vector": query.tolist(), "k": K})) for query in queries]
+    with chroma_server(found) as peer:
+        note(f"adding {artifact.vectors('item').rows} vectors to the peer")
+        for start, vectors in artifact.vectors("item").chunks(2000):
+            peer.add(start, vectors)
+        endpoints = {
+            "chroma": Endpoint(peer.address, [peer.request(query, K) for query in queries]),
+            "ours": Endpoint(service.address, ours),
+        }
+        loads: dict[str, Any] = dict(measure_in_turns(endpoints, CONCURRENCY[:2], rounds=rounds, seconds=seconds))
+        asked = queries[:RECALL_QUERIES]
+        truth = exact_search(asked, artifact.vectors("item"), K, metric="ip")[1]
+        rows = {
+            "chroma": [peer.rows(query, K) for query in asked],
+            "ours": Retriever(artifact).search(asked, K).rows.tolist(),
+        }
+    for name, answered in rows.items():
+        hits = sum(len(set(got) & set(best)) for got, best in zip(answered, truth.tolist(), strict=True))
+        loads[name]["recall"] = hits / truth.size
+    return loads
+
+
+if __name__ == "__main__":
+    main()
