@@ -124,8 +124,8 @@ class TestWithoutRay:
                 "setting args.max_replicas: 2 is less than replicas = 3, the least number: raise it, or set 0 to have",
             ),
             (
-                {"artifact": "a", "max_replicas": 2, "target_ongoing_requests": 257.0},
-                "setting args.target_ongoing_requests: Input should be less than or equal to 256",
+                {"artifact": "a", "max_replicas": 2, "target_ongoing_requests": 129.0},
+                "setting args.target_ongoing_requests: Input should be less than or equal to 128",
             ),
             ({"artifact": "a", "on_lost_shard": "retry"}, "setting args.on_lost_shard: Input should be 'error' or"),
         ],
