@@ -1,13 +1,13 @@
 """Gowalla trained on 80 % of its items and then grown to all of them, beside all of them trained at once.
 
-    python -m tests.benchmarks.growth [--kind item2vec] [--share 0.5] [--validate]
+    python -m tests.benchmarks.growth [--kind item2vec] [--share 0.5]
 
 A fifth of the items, chosen by a hash of their keys, is taken out of the training sessions; the recipe trains on the
 rest, and a second run on all sessions begins with its tables (`train.grow`). Recall@20 is that of the test split over
 all items, as in `gowalla`.
 
     kept            recall of the grown run / of the run trained at once
-    share           epochs of the grown run as a share of the recipe's
+    share           epochs of the grown run as a share of the recipe's; not searched for
     ..._seconds     of training alone
 """
 
@@ -36,7 +36,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kind", choices=("item2vec", "two_tower"), default="item2vec")
     parser.add_argument("--share", type=float, default=0.5, help="epochs of the grown run / the recipe's")
-    parser.add_argument("--validate", action="store_true", help="score held-out training items instead of test")
     options = parser.parse_args()
     recipe = RECIPES / f"gowalla_{options.kind}.toml"
     os.environ["LEXSHARD_DATA"] = str(data_folder())
@@ -44,25 +43,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lexshard-") as name:
         folder = Path(name)
         known = without_new_items(data_folder() / "gowalla" / "train.parquet", folder / "known.parquet")
-        settings = ("data.holdout=items", "data.holdout_fraction=0.1") if options.validate else ()
-        once = trained(recipe, folder / "once", options.validate, *settings)
-        old = trained(
-            recipe, folder / "old", options.validate, f"data.train={folder / 'known.parquet'}", *settings, score=False
-        )
+        once = trained(recipe, folder / "once")
+        old = trained(recipe, folder / "old", f"data.train={folder / 'known.parquet'}", score=False)
         grown = trained(
             recipe,
             folder / "grown",
-            options.validate,
             f"train.grow={folder / 'old'}",
             f"train.epochs={max(1, round(options.share * epochs))}",
-            *settings,
         )
         starts = json.loads((folder / "grown" / "start.json").read_text())
     result = {
         "kept": round(grown["recall20"] / once["recall20"], 4),
         "recall20_at_once": round(once["recall20"], 4),
         "recall20_grown": round(grown["recall20"], 4),
-        "scored_on": "held-out training items" if options.validate else "test",
         "share": options.share,
         "at_once_seconds": once["seconds"],
         "old_seconds": old["seconds"],
@@ -88,14 +81,13 @@ def without_new_items(source: Path, target: Path) -> float:
     return round(len(known.values) / len(keys), 4)
 
 
-def trained(recipe: Path, run: Path, validate: bool, *settings: str, score: bool = True) -> dict[str, Any]:
+def trained(recipe: Path, run: Path, *settings: str, score: bool = True) -> dict[str, Any]:
     """The recipe trained in `run`, and scored."""
     flags = [part for setting in (f"run={run}", *settings) for part in ("--set", setting)]
     result = lexshard(["train", str(recipe), "--json", *flags], dict(os.environ))
     found = {"seconds": round(result["seconds"], 1), "peak_rss_bytes": result["peak_rss_bytes"], "recall20": 0.0}
     if score:
-        cases = ["--cases", "valid"] * validate
-        command = ["evaluate", str(run), "--which", "last", "--json", "--k", "20", *cases]
+        command = ["evaluate", str(run), "--which", "last", "--json", "--k", "20"]
         found["recall20"] = lexshard(command, dict(os.environ))["results"][0]["recall@20"]
     progress(json.dumps({run.name: found}))
     return found

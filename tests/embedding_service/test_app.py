@@ -346,9 +346,10 @@ class TestService:
         first = json.loads(log.read_text().splitlines()[0])
         assert (first["event"], first["version"], first["level"]) == ("serving", folder.name, "INFO")
 
-    def test_the_metrics_port_of_a_ray_that_runs_is_not_ours_to_choose(self, service: Service) -> None:
+    def test_the_metrics_port_of_a_ray_that_runs_is_not_ours_to_choose(self, service: Service, folder: Path) -> None:
+        args = {"artifact": str(folder), "replicas": 1, "threads": 1}
         with pytest.raises(SettingError, match=r"^setting serve.metrics_port: is that of a Ray started here"):
-            Service("127.0.0.1", free_port(), free_port()).start({"replicas": 1, "threads": 1})
+            Service("127.0.0.1", free_port(), free_port()).start(args)
 
     def test_prometheus_finds_what_is_declared(self, service: Service, folder: Path) -> None:
         """From the replica over its node's agent, which passes metrics on every ten seconds."""
