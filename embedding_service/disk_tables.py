@@ -42,7 +42,8 @@ class DiskTable:
         width = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": spec.dim}[optimizer]
         self._maps: list[mmap.mmap] = []
         weights = self._mapped(rows, spec.dim, _DTYPES[spec.precision])
-        self.shard = Shard(spec.rows, per_rank, weights, self._mapped(rows, width, torch.float32), spec.frozen)
+        state = self._mapped(rows, width, torch.float32)
+        self.shard = Shard(spec.rows, per_rank, weights, state, spec.frozen, on_disk=True)
         self.is_scanned = True
 
     def _mapped(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -14,8 +14,8 @@ _ADVICE = ("MADV_DONTNEED", "MADV_HUGEPAGE")
 def zero_in_huge_pages(tensor: Tensor) -> bool:
     """Make a contiguous tensor zero, on CPU in huge pages where the system has some; whether it will try.
 
-    Memory that was written to before keeps its small pages. So those are given back, and come anew, as zeros and huge,
-    when they are next used.
+    The tensor's memory must be its own, no file's. What was written to before keeps its small pages. So those are given
+    back, and come anew, as zeros and huge, when they are next used.
     """
     storage = tensor.untyped_storage()
     begin = -(-tensor.data_ptr() // _HUGE) * _HUGE
@@ -28,7 +28,7 @@ def zero_in_huge_pages(tensor: Tensor) -> bool:
     first = begin - tensor.data_ptr()
     flat[: -(-first // tensor.itemsize)].zero_()
     flat[(first + size) // tensor.itemsize :].zero_()
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise = ctypes.CDLL(None).madvise
     given_back, huge = (
         madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), getattr(mmap, name)) == 0 for name in _ADVICE
     )

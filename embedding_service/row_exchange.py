@@ -26,7 +26,7 @@ class Shard:
     Rank r of a table of `num_rows` holds `rows_per_rank` rows from r * rows_per_rank on (the last ones fewer).
     weights: float32 or float16 [n, dim]; state: float32 [n, 0] for SGD, [n, 1] for row-wise Adagrad (the sum of the
     mean squares of a row's gradients), [n, dim] for Adagrad (the sum of the squares of a weight's gradients). frozen:
-    rows are looked up but never updated.
+    rows are looked up but never updated. on_disk: they are mapped from a file.
     """
 
     num_rows: int
@@ -34,6 +34,13 @@ class Shard:
     weights: Tensor
     state: Tensor
     frozen: bool = False
+    on_disk: bool = False
+
+    def take(self, rows: Tensor) -> Tensor:
+        """weights[rows], rows: int64 [m] of this shard."""
+        if self.on_disk:
+            return self.weights.index_select(0, rows)  # in torch's threads, which wait for the disk side by side
+        return take_rows(self.weights, rows)
 
     def update(self, rows: Tensor, order: Tensor, gradient: Tensor, learning_rate: float) -> None:
         """One step of the optimiser; the gradients of equal rows are added up, in place.
@@ -122,7 +129,7 @@ class RowExchange:
     def fetch(self, route: Route) -> tuple[Tensor, ...]:
         """For every table the rows asked for, ascending: float32 [n, dim]. A collective call."""
         found = [
-            self._swap(take_rows(self._shards[name].weights, table.wanted), table.sent, table.asked)
+            self._swap(self._shards[name].take(table.wanted), table.sent, table.asked)
             for name, table in route.tables.items()
         ]
         return tuple(_arrived(swap).float() for swap in found)

@@ -6,6 +6,7 @@ to the CPU, so many are on their way at once; and they read and write float16 as
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic as _typed_intrinsic
 from torch import Tensor
 
@@ -39,9 +41,27 @@ def update_rows(
     weights: float32 or float16 [n, dim]; state: float32 [n, 0], [n, 1] or [n, dim]; rows, order: int64 [m]; gradient:
     float32 [m, dim], in which gradients of equal rows are added up.
     """
+    if weights.dtype == torch.float16 and not _CONVERTS_HALF:
+        distinct, index = torch.unique(rows, return_inverse=True)
+        copies, states = weights.index_select(0, distinct).float(), state.index_select(0, distinct)
+        update_rows(copies, states, index, order, gradient, learning_rate)
+        weights.index_copy_(0, distinct, copies.to(weights.dtype))
+        state.index_copy_(0, distinct, states)
+        return
     _update_rows(
         _plain(weights), state.numpy(), rows.numpy(), order.numpy(), gradient.numpy(), np.float32(learning_rate)
     )
+
+
+def _converts_half() -> bool:
+    """Whether the CPU that numba compiles for has instructions between float16 and float32: else its code would call
+    a function that is nowhere.
+    """
+    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    return platform.machine() not in ("x86_64", "AMD64") or "+f16c" in features
+
+
+_CONVERTS_HALF = _converts_half()
 
 
 def _plain(weights: Tensor) -> np.ndarray:
@@ -78,7 +98,10 @@ def _stored(context: Any, number: Any, like: Any) -> _Code:
 
 @_intrinsic  # type: ignore[untyped-decorator]
 def prefetch(context: Any, array: Any, place: Any) -> _Code:
-    """Have the CPU fetch the memory where array[place] begins, in compiled code; the program does not wait."""
+    """Have the CPU fetch the memory where array[place] begins, in compiled code; the program does not wait.
+
+    Who changes it clears numba's cache of `skipgram` too, which has it compiled in.
+    """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         found = context.make_array(array)(context, builder, arguments[0])

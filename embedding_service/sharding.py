@@ -161,9 +161,10 @@ class ShardedTables:
         if in_memory:
             with quiet_import():
                 self._module = self._shard(in_memory, learning_rate)
-            for value in self.state_dict().values():
-                for shard in value.local_shards():
-                    zero_in_huge_pages(shard.tensor.detach())
+            for spec in in_memory:
+                own = self._own_shard(spec.name)
+                zero_in_huge_pages(own.weights)
+                zero_in_huge_pages(own.state)
         if initialize:
             self._initialize()
         self._exchange: RowExchange | None = None

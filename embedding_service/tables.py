@@ -91,6 +91,7 @@ def deduplicate(uses: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, n
     """
     rows = np.concatenate([np.empty(0, np.int64), *uses.values()])
     unique, inverse = _distinct(rows)
+    assert not len(unique) or unique[-1] >= 0, "rows count from 0"
     ends = np.cumsum([len(rows) for rows in uses.values()], dtype=np.int64)
     return unique, {name: inverse[end - len(uses[name]) : end] for name, end in zip(uses, ends, strict=True)}
 

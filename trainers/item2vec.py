@@ -130,7 +130,10 @@ class Item2Vec:
         )
 
     def prepare(self, batch: TokenBlock, seed: int) -> _Block:
-        """Draw negatives, find distinct rows, for each thread and for all, and tell the workers: it can run ahead."""
+        """Draw negatives, find distinct rows, for each thread and for all, and say which will be looked up.
+
+        A collective call, which one thread may make ahead.
+        """
         cuts = equal_shares(batch.items.offsets, self._threads)
         shares = [batch.items.slice(*cut) for cut in itertools.pairwise(cuts)]
         seeds = [(seed * 1_000_003 + i) % 2**63 for i in range(len(shares))]

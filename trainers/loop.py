@@ -184,15 +184,16 @@ class _Run:
         self.is_asked_to_stop = self.is_stopped = False
 
     def train(self) -> None:
-        """Epochs of steps; a checkpoint now and then, a validation at an epoch's end."""
+        """Train what is left of the run, from one reading of its data."""
         place, epochs = self.progress.position, self.config.train.epochs
         windows = self.reader.windows(
             place.epoch, place.window, num_epochs=epochs - place.epoch, to_rows=self.prepared.item_numbers
         )
-        with closing(windows):  # type: ignore[type-var]
+        with closing(windows):
             self._train(windows)
 
     def _train(self, windows: Iterator[tuple[int, SessionBatch]]) -> None:
+        """Epochs of steps; a checkpoint now and then, a validation at an epoch's end."""
         for epoch in range(self.progress.position.epoch, self.config.train.epochs):
             if self._stopped_early():
                 break

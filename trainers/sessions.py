@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -152,11 +152,11 @@ class SessionReader:
 
     def windows(
         self, epoch: int, start: int = 0, *, num_epochs: int = 1, to_rows: ToRows | None = None
-    ) -> Iterator[tuple[int, SessionBatch]]:
-        """(window, its sessions) from window `start` to the end of the last of `num_epochs` epochs, one window read
-        ahead, also from epoch to epoch. to_rows: see `read_window`. Raises DataError.
+    ) -> Generator[tuple[int, SessionBatch]]:
+        """(window, its sessions) from window `start` of an epoch to the end of the last of `num_epochs`.
 
-        Close the iterator (or let it end) to stop the reading thread.
+        One window is read ahead, also from epoch to epoch. to_rows: see `read_window`. Raises DataError. Close the
+        iterator (or let it end) to stop the reading thread.
         """
         last = (epoch + num_epochs) * self.num_windows()
         places = (divmod(place, self.num_windows()) for place in range(epoch * self.num_windows() + start, last))
@@ -234,7 +234,7 @@ class SessionReader:
         return np.random.Generator(np.random.PCG64(seeds))
 
 
-def read_ahead(items: Iterator[T]) -> Iterator[T]:
+def read_ahead(items: Iterator[T]) -> Generator[T]:
     """The `items` in order, the next one computed in a background thread while the caller works on the last.
 
     What `items` raises is raised here, in its place. The thread has ended when the iterator has ended, has been closed

@@ -16,7 +16,7 @@ import numpy as np
 from embedding_service.row_kernels import prefetch
 
 _LANES = 16  # float32 numbers in the widest vector register of a CPU, and in a line of its caches
-_FEW_LANES = 4
+_FEW_LANES = 4  # of which rows that are shorter are made: more would only take room in the caches
 _AHEAD = 2  # positions
 
 
@@ -53,11 +53,10 @@ def run_block(
         CBOW: every source_c += rate * sum_o g_o target_o      (word2vec's, not divided by the number of contexts)
 
     source: float32 [u, width] and target: float32 [v, width], C-contiguous, the distinct rows of the block with zeros
-    from the dimension to the width (see `padded`); tokens: int64 [m] into both; offsets: int64
-    [n + 1], the sessions; negatives: int64 [q], a sample of rows of `target` that negatives are drawn from; frozen:
-    whether `source`, and whether `target`, stay as they are. Returns the
-    summed loss over a sixteenth of the targets and its number of positive pairs (query, target), and the number of
-    pairs (context, target) of the block.
+    from the dimension to the width (see `padded`); tokens: int64 [m] into both; offsets: int64 [n + 1], the sessions;
+    negatives: int64 [q], a sample of rows of `target` that negatives are drawn from; frozen: whether `source`, and
+    whether `target`, stay as they are. Returns the summed loss over a sixteenth of the targets and its number of
+    positive pairs (query, target), and the number of pairs (context, target) of the block.
     """
     width = source.shape[1]
     assert width == target.shape[1] == padded(width)

@@ -52,9 +52,11 @@ def test_all_of_a_large_tensor_becomes_zero_and_nothing_beside_it(dtype: torch.d
 @needs_huge_pages
 def test_memory_that_was_written_to_comes_anew_in_huge_pages() -> None:
     tensor = torch.ones(64 * 2**20, dtype=torch.uint8)
+    middle = tensor.data_ptr() + 32 * 2**20
     assert zero_in_huge_pages(tensor)
+    assert mapping_at(middle)["Rss"] == "0 kB"  # given back
     tensor.fill_(1)
-    assert "hg" in mapping_at(tensor.data_ptr() + 32 * 2**20)["VmFlags"].split()
+    assert "hg" in mapping_at(middle)["VmFlags"].split()
 
 
 @needs_huge_pages
@@ -67,3 +69,12 @@ def test_tables_are_asked_for_in_huge_pages_and_keep_their_first_rows(optimizer:
         assert "hg" in mapping_at(weights.data_ptr() + weights.nbytes // 2)["VmFlags"].split()
         assert 0.2 < float(weights[-1000:].float().abs().mean()) < 0.3  # uniform in -.5 .. .5
         assert not tables.lookup_state({"item": torch.arange(3_999_000, 4_000_000)})["item"].any()
+
+
+@needs_huge_pages
+def test_tables_on_disk_are_left_as_their_file_is_mapped(tmp_path: Path) -> None:
+    specs = [TableSpec("item", 4_000_000, 4, 0.5, "fp16", str(tmp_path)), TableSpec("user", 100, 4, 0.5)]
+    with process_group("cpu"):
+        tables = ShardedTables(specs, optimizer="rowwise_adagrad", learning_rate=0.1, seed=3)
+        (_, weights), *_ = tables.local_shards("item")
+        assert "hg" not in mapping_at(weights.data_ptr() + weights.nbytes // 2)["VmFlags"].split()

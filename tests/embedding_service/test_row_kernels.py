@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from embedding_service import row_kernels
 from embedding_service.row_kernels import take_rows, update_rows
 
 ROWS, DIM, RATE = 1000, 12, 0.1
@@ -46,7 +47,11 @@ def optimized(weights: Tensor, state: Tensor, rows: Tensor, gradient: Tensor) ->
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("width", [0, 1, DIM])
-def test_an_update_is_that_of_the_formula(dtype: torch.dtype, width: int) -> None:
+@pytest.mark.parametrize("converts_half", [True, False])
+def test_an_update_is_that_of_the_formula(
+    dtype: torch.dtype, width: int, converts_half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_kernels, "_CONVERTS_HALF", converts_half and row_kernels._CONVERTS_HALF)
     weights, rows = table(dtype), asked(700)
     state = torch.rand(ROWS, width, generator=torch.Generator().manual_seed(3))
     gradient = torch.randn(len(rows), DIM, generator=torch.Generator().manual_seed(4))
