@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import LaunchError, SettingError
 from cluster.metrics import RayMetrics, node_metrics_addresses
 from cluster.periodic import Periodic
-from embedding_service import http_unwatched
+from embedding_service import http_refusals, http_unwatched
 from embedding_service.artifact import Artifact
 from embedding_service.http_api import HttpApi
 from embedding_service.http_artifact import http_api
@@ -100,12 +100,15 @@ class Replica:
             versions, store, access, settings.gates.gates(), admit_seconds=settings.admit_seconds, probe=probe
         )
         self._service = HttpService(versions, management, access, instruments, access_log=settings.access_log)
+        self._instruments = instruments
         metrics, published = ServiceMetrics(instruments, versions, store, probe), RayMetrics(METRICS)
         self._tasks = [Periodic("metrics", PUBLISH_SECONDS, lambda: published.publish(metrics.samples()))]
         if settings.probe_seconds:
             self._tasks.append(Periodic("recall-probe", settings.probe_seconds, probe.run))
 
     def __serve_build_asgi_app__(self) -> HttpService:
+        """Serve calls it in the replica's process, before it starts the HTTP server there."""
+        http_refusals.install(self._instruments, MAX_ONGOING + MAX_QUEUED)
         return self._service
 
 
@@ -204,7 +207,8 @@ def deployment_options(
         "ray_actor_options": resources,
         # more than these would only wait: they are told to come back. An event loop takes in one connection a turn: the
         # more wait, the longer its turns, and the longer those wait that are not even in the queue. All requests that
-        # arrive in one turn are queued for a moment, so that the queue cannot be short
+        # arrive in one turn are queued for a moment, so that the queue cannot be short. `http_refusals` tells most
+        # of them so before they get here
         "max_ongoing_requests": MAX_ONGOING,
         "max_queued_requests": MAX_QUEUED,
         "backpressure_config": {"status_code": 503, "retry_after_s": 1},

@@ -69,6 +69,12 @@ class Instruments:
         if status == 503:
             self.num_refused += 1
 
+    def note_refusal(self, route: str) -> None:
+        """A request that was refused before a version was chosen; it took no time to speak of."""
+        key = "", route, 503
+        self.requests[key] = self.requests.get(key, 0) + 1
+        self.num_refused += 1
+
     def forget_old_versions(self) -> None:
         """Let go of the requests of all but the last `MAX_VERSIONS` versions that came."""
         versions = list(dict.fromkeys(version for version, _, _ in list(self.requests) if version))

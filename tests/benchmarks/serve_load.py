@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="per measurement")
     parser.add_argument("--chroma", default="chroma", help="the peer's program")
+    parser.add_argument("--only", choices=["overload"], help="that part alone; the last line has its keys")
     args = parser.parse_args()
     threads = os.cpu_count() or 1
     load_before = os.getloadavg()[0]
@@ -77,6 +78,12 @@ def main() -> None:
         artifact = build_artifact(Path(folder), args.items)
         note("starting the service")
         with serve_artifact(artifact.path, port=free_port(), threads=threads) as service:
+            if args.only:
+                similar = {"similar": single_endpoints(service, artifact)["similar"]}
+                measured = measure_in_turns(similar, CONCURRENCY, rounds=args.rounds, seconds=args.seconds)
+                flood = measure_overload(similar["similar"], measured["similar"])
+                told = {"overload_kept": flood.pop("kept"), "singles": measured, "overload": flood}
+                return print(json.dumps({**told, **conditions(artifact, load_before)}))
             deploy_bare(service, threads)
             endpoints = single_endpoints(service, artifact)
             singles = measure_in_turns(endpoints, CONCURRENCY, rounds=args.rounds, seconds=args.seconds)

@@ -34,6 +34,7 @@ from embedding_service.http_schema import ARROW_TYPE, Limits
 from embedding_service.instruments import BOUNDS_SECONDS
 from embedding_service.keys import Vocabulary
 from embedding_service.retrieval import Retriever
+from embedding_service.service_args import MAX_ONGOING, MAX_QUEUED
 from embedding_service.service_metrics import METRICS
 from embedding_service.towers import TowerInput, TowerSpec
 from tests.embedding_service.test_http_api import ask, keys_of
@@ -345,6 +346,48 @@ class TestService:
     def test_events_are_written_where_they_are_asked_for(self, service: Service, folder: Path, log: Path) -> None:
         first = json.loads(log.read_text().splitlines()[0])
         assert (first["event"], first["version"], first["level"]) == ("serving", folder.name, "INFO")
+
+    def test_overload_is_refused_at_once_and_told(self, service: Service, log: Path) -> None:
+        """All queries that came while the replica stood still are read in one turn of its event loop, if HAProxy has
+        connections to it already: the first rounds make them.
+        """
+        (replica,) = (
+            one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::ServeReplica:lexs")
+        )
+        address = service.address.removeprefix("http://")
+        connections = [http.client.HTTPConnection(address, timeout=60) for _ in range(2 * (MAX_ONGOING + MAX_QUEUED))]
+        refused: list[dict[str, str]] = []
+        try:
+            for _ in range(10):
+                replica.suspend()
+                try:
+                    for connection in connections:
+                        connection.request("GET", "/v1/similar?key=item-2&k=3", headers={"X-Request-Id": "mine"})
+                finally:
+                    replica.resume()
+                for connection in connections:
+                    answer = connection.getresponse()
+                    document = json.loads(answer.read())
+                    if answer.status == 503:
+                        assert answer.headers["Retry-After"] == "1"
+                        refused.append(document["error"])
+                    else:
+                        assert (answer.status, len(document["items"])) == (200, 3)
+                if refused:
+                    break
+            assert refused
+            assert {error["code"] for error in refused} == {"overloaded"}
+            assert {error["request_id"] for error in refused} == {"mine"}
+            connections[0].request("GET", "/v1/similar?key=item-2&k=3")
+            assert connections[0].getresponse().status == 200
+        finally:
+            for connection in connections:
+                connection.close()
+        give_up = time.monotonic() + 60
+        while not (told := [line for line in log.read_text().splitlines() if "overload_began" in line]):
+            assert time.monotonic() < give_up
+            threading.Event().wait(0.1)
+        assert 0 < json.loads(told[0])["refused"] <= len(refused)  # the rest may have come after that look
 
     def test_the_metrics_port_of_a_ray_that_runs_is_not_ours_to_choose(self, service: Service, folder: Path) -> None:
         args = {"artifact": str(folder), "replicas": 1, "threads": 1}

@@ -34,6 +34,18 @@ def test_requests_by_version_route_and_status() -> None:
     assert "/v1/versions" not in noted.routes
 
 
+def test_refusals_before_a_version_was_chosen() -> None:
+    noted = Instruments(("/v1/similar",))
+    noted.note_request("a", "/v1/similar", 200, 0.1)
+    for _ in range(2):
+        noted.note_refusal("/v1/similar")
+    assert noted.requests == {("a", "/v1/similar", 200): 1, ("", "/v1/similar", 503): 2}
+    assert noted.num_refused == 2
+    assert sum(noted.routes["/v1/similar"].counts) == 1  # not of the time that answers take
+    noted.forget_old_versions()
+    assert noted.requests["", "/v1/similar", 503] == 2
+
+
 def test_versions_that_came_first_are_forgotten() -> None:
     noted = Instruments()
     for version in ("", *(f"v{number}" for number in range(3 * MAX_VERSIONS))):
