@@ -202,10 +202,28 @@ def test_all_else_is_as_without_refusals(after: bytes) -> None:
 
 
 def test_nothing_is_refused_below_the_limit() -> None:
-    for pieces in ([WHOLE], [OTHER], [PREFIXED]):
+    for pieces in ([WHOLE], [OTHER], [WHOLE, b"", OTHER]):  # the first is answered by the time that the second comes
         plain = outcome(pieces, plain=True, busy=False, after=b"")
         assert outcome(pieces, plain=False, busy=False, after=b"") == plain
-        assert len(plain[0]) == len(pieces)
+        assert len(plain[0]) == len(pieces) - pieces.count(b"")
+
+
+def test_a_request_whose_client_has_left_is_not_answered_any_more() -> None:
+    async def run() -> None:
+        server = Server(busy=False)
+        server.held.clear()
+        first, _ = server.connect()
+        first.data_received(WHOLE)
+        connection, wire = server.connect()
+        connection.data_received(WHOLE)
+        assert server.noted.num_refused == 1
+        first.connection_lost(ConnectionResetError())
+        connection.data_received(WHOLE)
+        assert server.noted.num_refused == 1
+        await server.finish()
+        assert [answer.status for answer, _ in Received(wire.written)] == [503, 200]
+
+    asyncio.run(run())
 
 
 def test_a_client_that_does_not_read_is_not_written_to() -> None:
