@@ -1,6 +1,6 @@
 """The HTTP service under load, against a bare Ray Serve endpoint, in-process FAISS and a Chroma server, in one run.
 
-    python -m tests.benchmarks.serve_load [--seconds 3] [--rounds 3] [--chroma PATH]
+    python -m tests.benchmarks.serve_load [--seconds 3] [--rounds 3] [--chroma PATH] [--only overload]
 
 HNSW over 100 k items; one replica, one machine: service, proxy and load generator share its cores. Rounds alternate
 between what is compared, and a figure is the median of its rounds.
@@ -83,7 +83,8 @@ def main() -> None:
                 measured = measure_in_turns(similar, CONCURRENCY, rounds=args.rounds, seconds=args.seconds)
                 flood = measure_overload(similar["similar"], measured["similar"])
                 told = {"overload_kept": flood.pop("kept"), "singles": measured, "overload": flood}
-                return print(json.dumps({**told, **conditions(artifact, load_before)}))
+                print(json.dumps({**told, **conditions(artifact, load_before)}))
+                return
             deploy_bare(service, threads)
             endpoints = single_endpoints(service, artifact)
             singles = measure_in_turns(endpoints, CONCURRENCY, rounds=args.rounds, seconds=args.seconds)
