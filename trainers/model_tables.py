@@ -21,10 +21,10 @@ _WEIGHTS_PER_ROW = 4  # of learned weights, at most, for every shared row
 _STAGES = ((False, 10.0), (True, 2.0), (False, 50.0), (True, 10.0))
 _HARMLESS = 2.0  # compression from which the items' ranking loses what is worth a word
 # Share of the exact table's Recall@20 that remains where ITEMS share rows: Gowalla's two-tower recipe, on test, from
-# tests/benchmarks/hash_quality.py; what is said of hashes is of a sketch with id towers.
+# tests/benchmarks/hash_quality.py; what is said of hashes is of a sketch with id towers, not yet of that benchmark.
 _MEASURED = {
     "head_tail": "head + tail kept 93 % of Recall@20 with 2x fewer rows",
-    "hashed": "two hashes kept 50 % of Recall@20 with 10x fewer rows, one hash 4 %",
+    "hashed": "two hashes kept 50 % of Recall@20 with 10x fewer rows in a sketch, one hash 4 %",
     "quotient_remainder": "it kept 83 % of Recall@20 in a tenth of the bytes, with float16 and half the dimension",
 }
 _DEFAULTS = TableSettings()
