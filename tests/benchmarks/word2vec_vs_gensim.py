@@ -5,8 +5,8 @@
 Text, vocabulary (min_count 5), dim 100, window 5, 5 negatives, subsampling 1e-3 and epochs are the same; each has its
 own learning rate: gensim and fastText their defaults, ours the recipe's. Words per second count all words of the text,
 per epoch, over the seconds of training, without the vocabulary's. gensim reads `corpus_file`, which is its fastest way;
-fastText has its default subwords and its time includes its vocabulary. Ours is `lexshard train` on the recipe
-word2vec.toml: reading, sharded tables, checkpoints and all.
+fastText (`pip install '.[bench]'`) has its default subwords and its time includes its vocabulary. Ours is `lexshard
+train` on the recipe word2vec.toml: reading, sharded tables, checkpoints and all.
 
     words_ratio, words_ratio_2_workers  words/s of one worker with two threads, and of two with one / gensim's
     cbow_ratio                          the same for CBOW, one worker with two threads
@@ -20,6 +20,7 @@ Speeds are medians of runs that alternate with gensim's. The last line on standa
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -50,6 +51,8 @@ def main() -> None:
     arguments = parser.parse_args()
     epochs, repeats = (1, 1) if arguments.quick else (3, 2)
     parts = arguments.only.split(",")
+    if "fasttext" in parts and importlib.util.find_spec("fasttext") is None:
+        parser.error("fastText is not installed: pip install '.[bench]', or leave it out: --only words,cbow,merge")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
         bench = Bench(Path(folder), epochs)
