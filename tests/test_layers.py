@@ -26,7 +26,7 @@ DOORS = {
     "faiss": ("embedding_service/index.py",),
     "datasketches": ("trainers/key_sketch.py", "trainers/profile.py"),
     "optuna": ("trainers/tune.py", "trainers/search_space.py"),
-    "torch.distributed.checkpoint": ("trainers/checkpoint.py",),
+    "torch.distributed.checkpoint": ("trainers/checkpoint_tensors.py",),
     "umap": ("embedding_service/projection.py",),
     "pickle": (),
 }

@@ -27,7 +27,7 @@ from cluster.storage import checksum, write_json
 from embedding_service.exact import Float32
 from embedding_service.quantize import DTYPES, Precision
 from embedding_service.vectors import SCALE_DTYPE, VectorSink, encoded_rows
-from trainers.checkpoint import load_dense
+from trainers.checkpoint_tensors import load_dense
 from trainers.models import Model, build_model
 from trainers.prepare import load_prepared
 from trainers.stored_tables import StoredTables

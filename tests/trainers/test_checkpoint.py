@@ -20,7 +20,7 @@ from cluster.rank import process_group
 from embedding_service.sharding import ShardedTables
 from embedding_service.tables import TableSpec
 from tests.ranks import run_on_ranks
-from trainers import checkpoint
+from trainers import checkpoint_tensors
 from trainers.checkpoint import CheckpointStore, Progress, check_same_run
 
 SPECS = (("items", 1001, 8, "fp32"), ("users", 517, 4, "fp16"), ("few", 2, 8, "fp32"))
@@ -53,7 +53,7 @@ def whole(model: Any) -> dict[str, Tensor]:
 
 
 def save(run: str, folder: str, piece_bytes: int) -> dict[str, Tensor]:
-    checkpoint._PIECE_BYTES = piece_bytes
+    checkpoint_tensors._PIECE_BYTES = piece_bytes
     model = new_model(seed=1, folder=folder)
     CheckpointStore(run).save(model, Progress(step=1), Config())
     return whole(model)
@@ -106,7 +106,7 @@ def test_no_piece_is_larger_than_a_piece(saved: tuple[Path, dict[str, Tensor]]) 
 def test_without_pieces_it_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints of older versions have one piece for each shard."""
     (tmp_path / "prepared").mkdir()
-    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 1 << 40)
+    monkeypatch.setattr(checkpoint_tensors, "_PIECE_BYTES", 1 << 40)
     with process_group("cpu"):
         wanted = save(str(tmp_path), "", 1 << 40)
         assert_equal(load(str(tmp_path), ""), wanted)

@@ -24,7 +24,7 @@ from embedding_service.retrieval import Retriever
 from embedding_service.tables import TableSpec
 from tests.ranks import run_on_ranks
 from tests.trainers.runs import small_config, write_sessions
-from trainers import checkpoint, export, export_shards
+from trainers import checkpoint_tensors, export, export_shards
 from trainers.checkpoint import CheckpointStore, Progress
 from trainers.evaluate import load_trained
 from trainers.export import export_run
@@ -282,7 +282,7 @@ def _save_on_two(settings: dict[str, Any]) -> torch.Tensor:
 
     config = config_from_dict(settings)
     model = build_model(config, load_prepared(config.run), device=torch.device("cpu"), threads=1)
-    checkpoint._PIECE_BYTES = 20 * 8 * 2  # 20 rows: three pieces of each shard
+    checkpoint_tensors._PIECE_BYTES = 20 * 8 * 2  # 20 rows: three pieces of each shard
     CheckpointStore(config.run).save(model, Progress(step=999_999), config)
     return model.vectors("item", 0, 120)
 
