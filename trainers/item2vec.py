@@ -199,7 +199,7 @@ class Item2Vec:
 
     def _learn(self, part: _Part, source_rows: np.ndarray, target_rows: np.ndarray, rate: float) -> _Learned:
         """SGD over the part on copies of its rows."""
-        source, target = skipgram.take_rows(source_rows, part.source), skipgram.take_rows(target_rows, part.target)
+        source, target = skipgram.take_padded(source_rows, part.source), skipgram.take_padded(target_rows, part.target)
         loss, pairs, contexts = skipgram.run_block(
             source,
             target,

@@ -69,14 +69,14 @@ def run_block(
     return float(loss), int(pairs), int(contexts)
 
 
-def take_rows(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def take_padded(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """table[rows], padded for `run_block`: float32 [u, width]. table: float32 [n, dim]; rows: int64 [u]."""
-    taken: np.ndarray = _take_rows(table, rows, padded(table.shape[1]))
+    taken: np.ndarray = _take_padded(table, rows, padded(table.shape[1]))
     return taken
 
 
 @numba.njit("float32[:, ::1](float32[:, ::1], int64[::1], int64)", nogil=True, cache=True)
-def _take_rows(table: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:
+def _take_padded(table: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:
     dim = table.shape[1]
     out = np.zeros((rows.size, width), np.float32)
     for i in range(rows.size):

@@ -8,7 +8,7 @@ import torch
 
 from embedding_service.ragged import Ragged
 from trainers.objectives import skip_gram
-from trainers.skipgram import difference, padded, run_block, subtract_rows, take_rows
+from trainers.skipgram import difference, padded, run_block, subtract_rows, take_padded
 
 SESSIONS = Ragged.from_lists([[0, 1, 2, 3], [], [4], [2, 2, 5, 0, 1, 6], [6, 3]])
 DIM, ROWS = 20, 12
@@ -25,7 +25,7 @@ def run(source: np.ndarray, target: np.ndarray, sessions: Ragged = SESSIONS, **c
     dim = source.shape[1]
     settings: dict[str, Any] = {"cbow": False, "window": 0, "num_negatives": 3, "learning_rate": 0.1, "seed": 5}
     negatives = change.pop("negatives", np.arange(ROWS))
-    wide = [take_rows(table, np.arange(ROWS)) for table in (source, target)]
+    wide = [take_padded(table, np.arange(ROWS)) for table in (source, target)]
     result = run_block(*wide, sessions.values, sessions.offsets, negatives, **{**settings, **change})
     for table, changed in zip((source, target), wide, strict=True):
         assert changed.shape == (ROWS, padded(dim))
@@ -204,7 +204,7 @@ def test_planted_clusters_are_found(cbow: bool, window: int) -> None:
 def test_rows_are_taken_and_given_back() -> None:
     table = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
     rows = np.array([7, 0, 3])
-    taken = take_rows(table, rows)
+    taken = take_padded(table, rows)
     assert np.array_equal(taken[:, :5], table[rows])
     assert taken.shape == (3, 8)
     assert not taken[:, 5:].any()
