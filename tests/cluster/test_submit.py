@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -19,8 +18,6 @@ from cluster import cli
 from cluster.errors import LaunchError
 from cluster.submit import submit
 from embedding_service.artifact import Artifact
-
-ROOT = Path(__file__).parents[2]
 
 
 def _free_port() -> int:
@@ -44,10 +41,10 @@ def job_server() -> Iterator[str]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder to submit: this code, and a config whose data and run lie elsewhere, where both nodes reach them."""
+    """A folder to submit: a config whose data and run lie elsewhere, where both nodes reach them; lexshard is installed
+    on both."""
     folder = tmp_path / "project"
-    for package in ("cluster", "embedding_service", "trainers"):
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    folder.mkdir()
     rng = np.random.default_rng(0)
     sessions = [rng.integers(0, 50, size=rng.integers(2, 8)).tolist() for _ in range(400)]
     pq.write_table(pa.table({"items": sessions}), tmp_path / "train.parquet")
