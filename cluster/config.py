@@ -331,6 +331,11 @@ class TrainSettings:
         low=0,
         kind="two_tower",
     )
+    matmul: Literal["fp32", "bf16"] = setting(
+        "fp32",
+        "numbers in the loss's matrix products; bf16: bfloat16, summed in float32, for CPUs and GPUs that have it",
+        kind="two_tower",
+    )
     learning_rate: float = setting(0.05, "peak learning rate of the tables", low=0.0)
     dense_learning_rate: float = setting(
         1e-3, "peak learning rate of the towers' weights (Adam)", low=0.0, kind="two_tower"

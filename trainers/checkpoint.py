@@ -34,8 +34,8 @@ FORMAT = 1
 # are known by their fingerprint.
 _FREE = (
     "run", "cluster.", "serve.", "export.", "data.train", "data.test", "data.mask_seen", "train.epochs",
-    "train.threads", "train.validate_every", "train.patience", "train.metric", "train.checkpoint_seconds",
-    "train.report_seconds", "train.keep_checkpoints",
+    "train.threads", "train.matmul", "train.validate_every", "train.patience", "train.metric",
+    "train.checkpoint_seconds", "train.report_seconds", "train.keep_checkpoints",
 )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ TEMPERATURES = (0.01, 10.0)  # that may be learned; the lower bound is CLIP's (R
 
 @dataclass(frozen=True)
 class ContrastSpec:
-    """The settings of `model` of the same names; see `lexshard config`."""
+    """The settings of `model` of the same names, and train.matmul; see `lexshard config`."""
 
     objective: Objective = "info_nce"
     in_batch: bool = True
@@ -54,6 +54,12 @@ class ContrastSpec:
     margin: float = 0.2
     negative_weight: float = 100.0
     triplet_negative: Literal["random", "semi_hard", "hard"] = "semi_hard"
+    matmul: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def products(self) -> torch.dtype | None:
+        """What the factors of matrix products are rounded to; None: they are not."""
+        return torch.bfloat16 if self.matmul == "bf16" else None
 
 
 @dataclass(frozen=True)
@@ -173,13 +179,19 @@ class _Terms:
 
     def loss(self, query: Tensor, item: Tensor, pool: Tensor, queries: Tensor, start: int, stop: int) -> Tensor:
         """Summed over examples start..stop - 1. queries: those of all examples that share candidates, for nt_xent."""
-        spec, scale = self.spec, self.contrast.scale
+        spec, scale, products = self.spec, self.contrast.scale, self.spec.products
         if stop - start < len(query):  # or a slice would copy its gradient for nothing
             query, item = query[start:stop], item[start:stop]
         hits = _rows(self.hits, len(pool), start, stop)
         if spec.objective == "ccl":
             return cosine_contrastive(
-                query, item, pool, hits=hits, margin=spec.margin, negative_weight=spec.negative_weight
+                query,
+                item,
+                pool,
+                hits=hits,
+                margin=spec.margin,
+                negative_weight=spec.negative_weight,
+                products=products,
             )
         if spec.objective == "triplet":
             return triplet(
@@ -191,14 +203,20 @@ class _Terms:
                 scale=scale,
                 choice=spec.triplet_negative,
                 first=self.first[start:stop],
+                products=products,
             )
         own = self.positive_log_q[start:stop]
-        loss = info_nce(query, item, pool, log_q=self.log_q, positive_log_q=own, hits=hits, scale=scale)
+        loss = info_nce(
+            query, item, pool, log_q=self.log_q, positive_log_q=own, hits=hits, scale=scale, products=products
+        )
         if spec.objective == "info_nce":
             return loss
         none = torch.zeros(len(queries), device=query.device)  # every example's query is there equally often
         hits = _rows(self.query_hits, len(queries), start, stop)
-        other = info_nce(item, query, queries, log_q=none, positive_log_q=none[: len(item)], hits=hits, scale=scale)
+        own = none[: len(item)]
+        other = info_nce(
+            item, query, queries, log_q=none, positive_log_q=own, hits=hits, scale=scale, products=products
+        )
         return 0.5 * (loss + other)
 
 

@@ -28,7 +28,7 @@ from trainers.evictions import EvictionLog
 from trainers.growth import check_grow, grow
 from trainers.metrics import parse_metric
 from trainers.model_tables import check_disks, table_warnings
-from trainers.models import Model, Step, build_model, check_model, tables_of
+from trainers.models import Model, Step, build_model, check_device, check_model, tables_of
 from trainers.objectives import schedule
 from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, prepare
 from trainers.session_batch import SessionBatch
@@ -99,6 +99,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     config = config_from_dict(settings)
     place = current_rank(config.cluster.device)
     check_disks(config)  # of a worker, which may be on another machine than the driver
+    check_device(config, place.device)
     torch.set_flush_denormal(True)  # a softmax of cosines is full of numbers too small to matter, and slow to multiply
     reader = open_reader(config)
     store = CheckpointStore(config.run, keep=config.train.keep_checkpoints)

@@ -102,6 +102,21 @@ def check_model(config: Config) -> None:
         raise SettingError("model.id_dropout", "must be less than 1: no id would ever be learned")
 
 
+def check_device(config: Config, device: torch.device) -> None:
+    """What a worker's device must be able to do. Raises SettingError."""
+    if config.train.matmul == "bf16" and not has_bf16(device):
+        raise SettingError(
+            "train.matmul", f"is bf16, for which this machine's {device.type} has no instructions: leave it out"
+        )
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether matrix products of bfloat16 are faster than those of float32: AVX-512 BF16, AMX, CUDA from Ampere on."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+
+
 def _check_history(model: ModelSettings) -> None:
     encoder = model.history_encoder
     if encoder == "recency":
@@ -181,6 +196,7 @@ def _contrast_spec(config: Config) -> ContrastSpec:
         margin=model.margin,
         negative_weight=model.negative_weight,
         triplet_negative=model.triplet_negative,
+        matmul=config.train.matmul,
     )
 
 

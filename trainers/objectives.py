@@ -19,6 +19,7 @@ def info_nce(
     positive_log_q: Tensor,
     hits: Tensor,
     scale: Tensor | float,
+    products: torch.dtype | None = None,
 ) -> Tensor:
     """Summed InfoNCE loss (van den Oord et al. 2018): every query's positive against one pool of candidates.
 
@@ -32,9 +33,11 @@ def info_nce(
     holds the batch's positives, each query's own place must be one of them. Order: temperature, log_q, mask.
 
     query, positive: float [n, d]; pool: float [c, d]; log_q: float [c]; positive_log_q: float [n]; hits: int64 [p],
-    places i * c + j, queries in order. Returns a scalar; the gradient reaches query, positive, pool and scale.
+    places i * c + j, queries in order. products: dtype to which the factors of the matrix products with the pool are
+    rounded, bfloat16 or None; positives, softmax and sums are not. Returns a scalar; the gradient reaches query,
+    positive, pool and scale.
     """
-    return _InfoNCE.apply(query, positive, pool, log_q, positive_log_q, hits, scale)  # type: ignore[no-any-return, no-untyped-call]
+    return _InfoNCE.apply(query, positive, pool, log_q, positive_log_q, hits, scale, products)  # type: ignore[no-any-return, no-untyped-call]
 
 
 _BLOCK = 256  # queries whose logits are at work: of 2048 candidates 2 MB, which stay in the cache
@@ -58,8 +61,10 @@ class _InfoNCE(torch.autograd.Function):
         positive_log_q: Tensor,
         hits: Tensor,
         scale: Tensor | float,
+        products: torch.dtype | None,
     ) -> Tensor:
-        factor = float(scale)
+        factor, dtype = float(scale), products or query.dtype
+        short_query, short_pool = query.to(dtype), pool.to(dtype)  # the same tensors where nothing is rounded
         own = factor * (query * positive).sum(1) - positive_log_q
         along_query, along_pool = -positive, torch.zeros_like(pool)
         weighted = factor * query
@@ -68,7 +73,10 @@ class _InfoNCE(torch.autograd.Function):
         cuts = torch.searchsorted(hits, bounds).tolist()  # hits are in the order of the queries
         for block, start in enumerate(range(0, len(query), _BLOCK)):
             rows = slice(start, start + _BLOCK)
-            logits = torch.addmm(log_q, query[rows], pool.T, beta=-1.0, alpha=factor)
+            if products is None:
+                logits = torch.addmm(log_q, query[rows], pool.T, beta=-1.0, alpha=factor)
+            else:
+                logits = torch.sub(factor * (short_query[rows] @ short_pool.T).to(query.dtype), log_q)
             logits.view(-1).index_fill_(0, hits[cuts[block] : cuts[block + 1]] - start * len(pool), -torch.inf)
             largest = logits.amax(1) if len(pool) else own.new_full((len(logits),), -torch.inf)
             logits.index_fill_(0, torch.nonzero(largest == -torch.inf)[:, 0], 0.0)  # no negative: weight 0 below
@@ -76,9 +84,13 @@ class _InfoNCE(torch.autograd.Function):
             total = largest - softmax.amax(1).log() if len(pool) else largest  # log-sum through the largest logit
             weight = torch.sigmoid(total - own[rows])[:, None]
             loss += F.softplus(total - own[rows]).sum()
-            along_query[rows] = weight * (along_query[rows] + softmax @ pool)
+            shares = softmax.to(dtype)
+            along_query[rows] = weight * (along_query[rows] + shares @ short_pool)
             weighted[rows] *= weight
-            along_pool.addmm_(softmax.T, weighted[rows])
+            if products is None:
+                along_pool.addmm_(shares.T, weighted[rows])
+            else:
+                along_pool += shares.T @ weighted[rows].to(dtype)
         ctx.save_for_backward(query, along_query, weighted, along_pool)
         ctx.scale = scale
         return loss
@@ -90,11 +102,18 @@ class _InfoNCE(torch.autograd.Function):
         if ctx.needs_input_grad[6]:
             along_scale = outer[0] * (along_query * query).sum().reshape_as(ctx.scale)
         by_query = outer[0] * float(ctx.scale) * along_query
-        return by_query, -outer[0] * weighted, outer[0] * along_pool, None, None, None, along_scale
+        return by_query, -outer[0] * weighted, outer[0] * along_pool, None, None, None, along_scale, None
 
 
 def cosine_contrastive(
-    query: Tensor, positive: Tensor, pool: Tensor, *, hits: Tensor, margin: float, negative_weight: float
+    query: Tensor,
+    positive: Tensor,
+    pool: Tensor,
+    *,
+    hits: Tensor,
+    margin: float,
+    negative_weight: float,
+    products: torch.dtype | None = None,
 ) -> Tensor:
     """Summed cosine contrastive loss (SimpleX, Mao et al. 2021, equation 1), of vectors of unit length.
 
@@ -102,7 +121,8 @@ def cosine_contrastive(
 
     with j over the pool but for i's hits. Arguments as in `info_nce`.
     """
-    excess = (query @ pool.T - margin).clamp_min(0.0).view(-1).index_fill(0, hits, 0.0).view(len(query), len(pool))
+    excess = (_similarities(query, pool, products) - margin).clamp_min(0.0)
+    excess = excess.view(-1).index_fill(0, hits, 0.0).view(len(query), len(pool))
     num = len(pool) - torch.bincount(_owner(hits, pool), minlength=len(query))
     negative = negative_weight * excess.sum(1) / num.clamp_min(1)
     return (1.0 - (query * positive).sum(1) + negative).sum()
@@ -118,6 +138,7 @@ def triplet(
     scale: Tensor | float,
     choice: Literal["random", "semi_hard", "hard"],
     first: Tensor,
+    products: torch.dtype | None = None,
 ) -> Tensor:
     """Summed triplet loss with one negative per query, mined in the pool, on similarities s, by which retrieval ranks.
 
@@ -130,7 +151,7 @@ def triplet(
     first: int64 [n], used by `random`. A query without negatives costs nothing. Other arguments as in `info_nce`.
     """
     own = (query * positive).sum(1)
-    similar = (query @ pool.T).view(-1).index_fill(0, hits, -torch.inf).view(len(query), len(pool))
+    similar = _similarities(query, pool, products).view(-1).index_fill(0, hits, -torch.inf).view(len(query), len(pool))
     with torch.no_grad():
         allowed = similar > -torch.inf
         rows = allowed.any(1).nonzero()[:, 0]
@@ -146,6 +167,11 @@ def triplet(
         chosen = rank[rows].argmax(1) if len(rows) else rows
     excess = similar[rows, chosen] - own[rows]
     return (F.relu(excess + margin) if margin > 0.0 else F.softplus(scale * excess)).sum()
+
+
+def _similarities(query: Tensor, pool: Tensor, products: torch.dtype | None) -> Tensor:
+    """query @ pool.T of factors rounded to `products`: [n, c], with the dtype of `query`."""
+    return query @ pool.T if products is None else (query.to(products) @ pool.to(products).T).to(query.dtype)
 
 
 def _owner(hits: Tensor, pool: Tensor) -> Tensor:

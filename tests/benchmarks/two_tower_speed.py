@@ -11,6 +11,7 @@ medians over the rounds, ratios are medians of each round's ratio.
     ratio_plain         examples per second / those of a loop in plain PyTorch over the same batches: nn.Embedding(
                         sparse=True), the same towers and loss by torch's own functions, torch.optim.Adagrad (ours:
                         adagrad); ..._sgd: SGD. One worker
+    ratio_bf16          examples per second with train.matmul = "bf16" / with "fp32"; null where the CPU has no bfloat16
     step_over_loss      wall seconds of a step / of the loss alone: logits of random normalised vectors, softmax,
                         backward in plain torch; one worker, row-wise Adagrad
     scaling_2_workers   examples per second of two workers (gloo, a core each) / those of one; the same optimiser
@@ -30,8 +31,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,6 +46,7 @@ from embedding_service.tables import Optimizer, TableSpec
 from tests.ranks import run_on_ranks
 from trainers.contrast import ContrastSpec
 from trainers.examples import PairBatch, PairPlan
+from trainers.models import has_bf16
 from trainers.negatives import frequency
 from trainers.prepare import Sessions
 from trainers.sessions import read_ahead
@@ -85,6 +88,8 @@ def report(one: dict[str, Any], two: dict[str, Any], plain: dict[str, Any]) -> d
             values = plain[f"{optimizer}{kind}"]
             result[f"ratio_plain{optimizer}{kind}"] = median_ratio(values["plain_seconds"], values["step_seconds"])
             times |= {f"plain{optimizer}": values["plain_seconds"]}
+        short = plain[kind].get("bf16_seconds")
+        result[f"ratio_bf16{kind}"] = median_ratio(plain[kind]["step_seconds"], short) if short else None
         result[f"milliseconds{kind}"] = {
             name: round(1e3 * statistics.median(seconds), 2) for name, seconds in times.items()
         }
@@ -163,12 +168,15 @@ def measure_plain(rows: int, rounds: int) -> dict[str, dict[str, list[float]]]:
             model = new_model(sessions, rows, history, optimizer)
             plan = model.plan(sessions, (0, 0, 0))
             plain = PlainLoop(model, sessions, optimizer)
-            figures: dict[str, list[float]] = {"step_seconds": [], "plain_seconds": []}
+            sides = {"step": partial(train, model, plan), "plain": partial(plain.train, plan)}
+            if not suffix and has_bf16(torch.device("cpu")):
+                sides["bf16"] = partial(train, new_model(sessions, rows, history, optimizer, matmul="bf16"), plan)
+            figures: dict[str, list[float]] = {f"{side}_seconds": [] for side in sides}
             for number in range(rounds):
-                figures["step_seconds"].append(timed(train, model, plan, number))
-                figures["plain_seconds"].append(timed(plain.train, plan, number))
+                for side, block in sides.items():
+                    figures[f"{side}_seconds"].append(timed(block, number))
             found[f"{suffix}{kind}"] = {name: values[1:] for name, values in figures.items()}
-            del model, plain  # before the next ones are made
+            del model, plain, sides  # before the next ones are made
     return found
 
 
@@ -264,7 +272,9 @@ def zipf_sessions(rows: int, num_items: int) -> Sessions:
     return Sessions(Ragged(items, offsets), random.integers(0, rows, count), {})
 
 
-def new_model(sessions: Sessions, rows: int, history: bool, optimizer: Optimizer) -> TwoTower:
+def new_model(
+    sessions: Sessions, rows: int, history: bool, optimizer: Optimizer, *, matmul: Literal["fp32", "bf16"] = "fp32"
+) -> TwoTower:
     return TwoTower(
         np.bincount(sessions.items.values, minlength=rows),
         tables=[TableSpec(name, rows, DIM, DIM**-0.5) for name in ("item", "user")],
@@ -284,7 +294,7 @@ def new_model(sessions: Sessions, rows: int, history: bool, optimizer: Optimizer
         history_decay=1.0,
         history_length=SESSION_ITEMS - 1,
         training_history_length=SESSION_ITEMS - 1,
-        contrast=ContrastSpec(temperature=TEMPERATURE, logq_positive=True),
+        contrast=ContrastSpec(temperature=TEMPERATURE, logq_positive=True, matmul=matmul),
         normalize=True,
         batch_size=BATCH,
         chunk_size=0,

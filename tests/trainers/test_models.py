@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.config import config_from_dict
 from cluster.errors import SettingError
-from trainers.models import check_model
+from trainers.models import check_device, check_model
 
 
 def check(**model: Any) -> None:
@@ -41,3 +43,15 @@ def test_settings_that_cannot_be_honoured_are_refused(model: dict[str, Any], mes
 def test_settings_that_fit_are_not() -> None:
     check(history_encoder="attention", history_decay=0.5, id_dropout=0.3, side_table=True)
     check(history_encoder="mean", history_length=0)
+
+
+@pytest.mark.parametrize(("matmul", "instructions", "is_refused"), [
+    ("bf16", [], True), ("bf16", ["avx512_f"], True), ("bf16", ["avx512_bf16"], False), ("fp32", [], False),
+])  # fmt: skip
+def test_bfloat16_is_refused_where_the_cpu_has_none(
+    matmul: str, instructions: list[str], is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+    config = config_from_dict({"model": {"kind": "two_tower"}, "train": {"matmul": matmul}})
+    with pytest.raises(SettingError, match=r"train\.matmul: is bf16, for") if is_refused else nullcontext():
+        check_device(config, torch.device("cpu"))

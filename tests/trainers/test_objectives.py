@@ -71,6 +71,41 @@ def test_info_nce_of_a_batch_is_the_cross_entropy_of_its_square() -> None:
     )
 
 
+def test_info_nce_with_products_of_bfloat16_is_close() -> None:
+    query, positive, pool = (F.normalize(v.float(), dim=1).detach().requires_grad_() for v in random_vectors(300, 90))
+    hits, log_q, own = random_hits(300, 90, 0.1), random_logs(90).float(), random_logs(300, 8).float()
+
+    def gradients(products: torch.dtype | None) -> list[Tensor]:
+        loss = info_nce(
+            query, positive, pool, log_q=log_q, positive_log_q=own, hits=hits, scale=10.0, products=products
+        )
+        return [loss, *torch.autograd.grad(loss, (query, positive, pool))]
+
+    for found, wanted in zip(gradients(torch.bfloat16), gradients(None), strict=True):
+        assert 0.0 < (found - wanted).norm() < 0.01 * wanted.norm()  # bfloat16 has 8 significant bits
+
+
+@pytest.mark.parametrize("objective", ["ccl", "triplet"])
+def test_other_losses_with_products_of_bfloat16_are_close(objective: str) -> None:
+    query, positive, pool = (F.normalize(v.float(), dim=1).detach().requires_grad_() for v in random_vectors(300, 90))
+    hits = random_hits(300, 90, 0.1)
+
+    def gradient(products: torch.dtype | None) -> Tensor:
+        if objective == "ccl":
+            loss = cosine_contrastive(
+                query, positive, pool, hits=hits, margin=0.2, negative_weight=50.0, products=products
+            )
+        else:
+            first = torch.zeros(300, dtype=torch.int64)
+            loss = triplet(
+                query, positive, pool, hits=hits, margin=0.0, scale=10.0, choice="random", first=first,
+                products=products,
+            )  # fmt: skip
+        return torch.autograd.grad(loss, query)[0]
+
+    assert 0.0 < (gradient(torch.bfloat16) - gradient(None)).norm() < 0.03 * gradient(None).norm()
+
+
 def test_info_nce_passes_the_gradient_check() -> None:
     query, positive, pool = random_vectors(5, 6)
     scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
