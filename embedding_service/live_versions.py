@@ -22,6 +22,7 @@ from typing import Any
 
 from cluster.errors import ArtifactError, LexshardError
 from embedding_service.http_api import HttpApi
+from embedding_service.selective import SelectiveRetriever
 from embedding_service.service_logs import log_event
 from embedding_service.traffic import Tally
 from embedding_service.versions import Serving, VersionStore
@@ -42,6 +43,12 @@ class Loaded:
     tally: Tally = field(default_factory=Tally)
     in_flight: int = 0
     retired: bool = False
+
+    @property
+    def selective(self) -> SelectiveRetriever:
+        """Every version that is served has one; tests of the API alone do without."""
+        assert self.api.selective is not None
+        return self.api.selective
 
     def leave(self) -> None:
         """One request less; called from the event loop, as is `enter`."""

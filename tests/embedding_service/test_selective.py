@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cluster.errors import ArtifactError, DataError, KeyNotFound
-from embedding_service import admission, attributes, http_management, http_queries, overlay
+from embedding_service import activations, admission, attributes, http_queries, overlay
 from embedding_service import allowed as search_among
 from embedding_service import selective as selective_module
 from embedding_service.artifact import Artifact, ArtifactWriter
@@ -419,7 +419,7 @@ class TestOverHttp:
         def admit_here(candidate: Path, live: Path | None, gates: Gates, *, timeout_seconds: float) -> object:
             return admission.admit(candidate, live, gates)
 
-        monkeypatch.setattr(http_management, "admit_apart", admit_here)
+        monkeypatch.setattr(activations, "admit_apart", admit_here)
         root = tmp_path / "root"
         write(root, "one", factory="Flat", keep=400)
         write(root, "two", factory="Flat", keep=390)

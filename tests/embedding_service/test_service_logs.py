@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import SettingError
-from embedding_service import admission, http_management
+from embedding_service import activations, admission
 from embedding_service.gates import Gates
 from embedding_service.service_logs import LOGGERS, configure_logs, log_event
 from tests.embedding_service.artifacts import publish
@@ -82,7 +82,7 @@ def test_events_of_a_service_and_no_token(log: Path, tmp_path: Path, monkeypatch
     def admit_here(candidate: Path, live: Path | None, gates: Gates, *, timeout_seconds: float) -> object:
         return admission.admit(candidate, live, gates)
 
-    monkeypatch.setattr(http_management, "admit_apart", admit_here)
+    monkeypatch.setattr(activations, "admit_apart", admit_here)
     root = tmp_path / "root"
     for version in ("a", "b"):
         publish(root, version=version)
