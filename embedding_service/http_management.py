@@ -9,7 +9,8 @@
     GET  /v1/items                                       what was added to, and taken off, the live version
     POST /v1/items                {"key", "like"}        an item without training: near others, or at a "vector"
     POST /v1/items/delete         {"keys"}
-    POST /v1/feedback             {"version", "request_id", "key"}
+    POST /v1/feedback             {"version", "request_id", "key"}     answers {"counted"}: false for a click told twice
+    GET, POST /v1/exports, GET /v1/exports/{id}          a run as a version, see `http_exports`
 
 An activation takes seconds to minutes: it is answered with 202, and `GET /v1/versions` tells how it goes on
 (`admission`: checking, flipping, then live or canary, or refused); with "wait_seconds" the answer is held back until it
@@ -25,6 +26,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,20 +35,24 @@ from pydantic import Field
 
 from cluster.errors import ArtifactError
 from embedding_service.activations import Activations
+from embedding_service.exports import Exports
 from embedding_service.gates import Gates
 from embedding_service.http_access import Access
+from embedding_service.http_exports import ONE_EXPORT, ExportEndpoints
+from embedding_service.http_exports import OPERATIONS as EXPORT_OPERATIONS
 from embedding_service.http_messages import Receive, Response, Scope, json_response, read_body
 from embedding_service.http_openapi import Operation
 from embedding_service.http_schema import Key, Problem, Strict, parse_body
 from embedding_service.live_versions import LiveVersions
 from embedding_service.recall_probe import RecallProbe
+from embedding_service.scatter import Scatter
 from embedding_service.service_logs import log_event
 from embedding_service.version_listing import VersionListing
 from embedding_service.versions import VersionStore
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[bytes], Awaitable[Response]]
+Handler = Callable[..., Awaitable[Response]]  # of the body, and of what the path names
 MAX_BODY_BYTES = 64 * 1024
 FEEDBACK = "/v1/feedback"
 MAX_WAIT_SECONDS = 300.0
@@ -109,13 +115,16 @@ OPERATIONS = (
     Operation("POST", "/v1/items", "add an item to the live version", NewItem, True, 201,
               errors=_BODY | _TOKEN | {"404": "an item that it is like is unknown"}),
     Operation("POST", "/v1/items/delete", "take items off the live version", Keys, True, errors=_BODY | _TOKEN),
-    Operation("POST", FEEDBACK, "a click on what was answered", Feedback, status=204, answer="counted",
+    Operation("POST", FEEDBACK, "a click on what was answered", Feedback,
+              answer="`counted`: false where the same click was told before; request ids are not checked",
               errors=_BODY | _VERSION | {"401": "without the token"}),
+    *EXPORT_OPERATIONS,
 )  # fmt: skip
+_EXPORT = ONE_EXPORT.removesuffix("{id}")
 
 
 class Management:
-    """Answers requests for `paths`. Handlers run on the event loop and leave files to threads."""
+    """Answers what has a route here (`route_of`). Handlers run on the event loop and leave files to threads."""
 
     def __init__(
         self,
@@ -126,33 +135,53 @@ class Management:
         *,
         admit_seconds: float,
         probe: RecallProbe | None = None,
+        scatter: Scatter | None = None,
+        runs: str = "",
     ) -> None:
+        """scatter: the processes that hold the indexes, if this one does not. runs: the folder whose runs are exported
+        on request; "": none.
+        """
         self._versions, self._store, self._access = versions, store, access
-        self._listing = VersionListing(versions, store, probe)
-        self.activations = None if store is None else Activations(versions, store, gates, admit_seconds=admit_seconds)
+        self._listing = VersionListing(versions, store, probe, scatter)
+        self.activations = self._exports = None
+        if store is not None:
+            self.activations = Activations(versions, store, gates, admit_seconds=admit_seconds)
+            self._exports = Exports(store, Path(runs), self.activations.run) if runs else None
+        exports = ExportEndpoints(self._exports)
         handlers: list[Handler] = [
             self._list, self._publish, self._activate, self._canary, self._roll_back, self._remove,
             self._items, self._add_item, self._delete_items, self._feedback,
+            exports.all, exports.begin, exports.one,
         ]  # fmt: skip
         self._routes: dict[str, dict[str, tuple[Operation, Handler]]] = {}
         for operation, handler in zip(OPERATIONS, handlers, strict=True):
             self._routes.setdefault(operation.path, {})[operation.method] = operation, handler
-        self.paths = self._routes.keys()
+
+    def route_of(self, path: str) -> str:
+        """The endpoint that a path asks for, like /v1/exports/{id}; "" where it is none of these."""
+        return path if path in self._routes else ONE_EXPORT if path.startswith(_EXPORT) else ""
+
+    def close(self) -> None:
+        """End what runs beside the requests, and its processes."""
+        if self._exports is not None:
+            self._exports.close()
 
     async def respond(self, method: str, path: str, scope: Scope, receive: Receive) -> Response:
-        """The answer to one of `paths`. Raises Problem."""
-        if method not in self._routes[path]:
-            allowed = ", ".join(sorted(self._routes[path]))
-            message = f"{path} answers {allowed}, not {method[:20]}"
+        """The answer to a path that has a route. Raises Problem."""
+        methods = self._routes[self.route_of(path)]
+        if method not in methods:
+            allowed = ", ".join(sorted(methods))
+            message = f"{path[:100]} answers {allowed}, not {method[:20]}"
             raise Problem(405, "method_not_allowed", message, ((b"allow", allowed.encode()),))
-        operation, handler = self._routes[path][method]
+        operation, handler = methods[method]
         if operation.token:
             self._access.check_change(scope)
         elif path == FEEDBACK:
             self._access.check_feedback(scope)
         else:
             self._access.check_read(scope)
-        return await handler(await read_body(scope, receive, MAX_BODY_BYTES))
+        named = [path.removeprefix(_EXPORT)] if operation.names else []
+        return await handler(await read_body(scope, receive, MAX_BODY_BYTES), *named)
 
     async def _list(self, _: bytes) -> Response:
         return json_response(await asyncio.to_thread(self._listing.document))
@@ -225,10 +254,10 @@ class Management:
     async def _feedback(self, body: bytes) -> Response:
         asked = parse_body(Feedback, body)
         tally = self._versions.tallies.get(asked.version)
+        tally = tally or await asyncio.to_thread(self._versions.tally_of, asked.version)
         if tally is None:
-            raise Problem(404, "unknown_version", f"no answer came from a version {asked.version!r}")
-        tally.note_click(asked.request_id, asked.key)
-        return Response(204, b"")
+            raise Problem(404, "unknown_version", f"there is no version {asked.version!r} that could have answered")
+        return json_response({"version": asked.version, "counted": tally.note_click(asked.request_id, asked.key)})
 
     async def _start(self, asked: Activate, share: float | None) -> Response:
         """Begin an admission in a thread of its own; answer when it is decided or `wait_seconds` are over."""

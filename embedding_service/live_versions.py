@@ -149,6 +149,17 @@ class LiveVersions:
                     logger.error("%s", error)
                 self.problem = str(error)
 
+    def tally_of(self, version: str) -> Tally | None:
+        """What is counted here of a version, which another process may have answered with; None for an unknown one.
+
+        May look at files.
+        """
+        if version not in self.tallies and self._store is not None:
+            with contextlib.suppress(ArtifactError):
+                self._store.folder(version)
+                self.tallies.setdefault(version, Tally())
+        return self.tallies.get(version)
+
     def all_counts(self) -> dict[str, list[dict[str, Any]]]:
         """Per version the tallies' counts of all processes, this one's as of now."""
         found = {version: [tally.counts()] for version, tally in list(self.tallies.items())}

@@ -37,7 +37,7 @@ class Replica:
     def __init__(self, args: dict[str, Any], shards: Sequence[Any] = ()) -> None:
         """`shards`: handles of the deployments that hold the index, if this process does not."""
         settings = ServiceArgs.model_validate(args)
-        configure_logs(settings.log_format, settings.log_file)
+        configure_logs(settings.log_format, settings.log_file, settings.log_level)
         instruments = Instruments(TIMED_ROUTES)
         scatter = _scatter_over(shards, settings) if shards else None
         access = settings.access()
@@ -63,11 +63,18 @@ class Replica:
         versions = LiveVersions(settings.start, open_version, store, verify=settings.verify)
         probe = RecallProbe(versions, margin=settings.probe_margin)
         management = Management(
-            versions, store, access, settings.gates.gates(), admit_seconds=settings.admit_seconds, probe=probe
+            versions,
+            store,
+            access,
+            settings.gates.gates(),
+            admit_seconds=settings.admit_seconds,
+            probe=probe,
+            scatter=scatter,
+            runs=settings.runs,
         )
         self._service = HttpService(versions, management, access, instruments, access_log=settings.access_log)
         self._instruments = instruments
-        metrics, published = ServiceMetrics(instruments, versions, store, probe), RayMetrics(METRICS)
+        metrics, published = ServiceMetrics(instruments, versions, store, probe, scatter=scatter), RayMetrics(METRICS)
         self._tasks = [Periodic("metrics", PUBLISH_SECONDS, lambda: published.publish(metrics.samples()))]
         if settings.probe_seconds:
             self._tasks.append(Periodic("recall-probe", settings.probe_seconds, probe.run))
@@ -83,7 +90,7 @@ class ShardReplica:
 
     def __init__(self, args: dict[str, Any], number: int) -> None:
         settings = ServiceArgs.model_validate(args)
-        configure_logs(settings.log_format, settings.log_file)
+        configure_logs(settings.log_format, settings.log_file, settings.log_level)
         self._versions = ShardVersions(settings, number)
         self._searching = ThreadPoolExecutor(max(2, settings.threads), thread_name_prefix="search")
 

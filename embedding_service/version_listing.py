@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ArtifactError
-from embedding_service.live_versions import LiveVersions
+from embedding_service.live_versions import LiveVersions, Loaded
 from embedding_service.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from embedding_service.recall_probe import RecallProbe
+from embedding_service.scatter import Scatter
 from embedding_service.traffic import figures
 from embedding_service.versions import VersionStore
 
@@ -19,8 +20,15 @@ MAX_LISTED = 100
 class VersionListing:
     """`document` reads files: not on an event loop."""
 
-    def __init__(self, versions: LiveVersions, store: VersionStore | None, probe: RecallProbe | None = None) -> None:
-        self._versions, self._store, self._probe = versions, store, probe
+    def __init__(
+        self,
+        versions: LiveVersions,
+        store: VersionStore | None,
+        probe: RecallProbe | None = None,
+        scatter: Scatter | None = None,
+    ) -> None:
+        """scatter: the processes that hold the indexes, if this one does not."""
+        self._versions, self._store, self._probe, self._scatter = versions, store, probe, scatter
         self._facts: OrderedDict[str, tuple[tuple[int, int, int], dict[str, Any]]] = OrderedDict()  # of manifests
 
     def document(self) -> dict[str, Any]:
@@ -39,6 +47,8 @@ class VersionListing:
                 "live": now.live.version,
                 "canary": now.canary.version if now.canary is not None else None,
                 "problem": self._versions.problem or None,
+                "num_shards": self._scatter.num_shards if self._scatter is not None else 0,
+                "lost_shards": self._lost_shards([now.live, *([now.canary] if now.canary is not None else [])]),
                 "recall": [
                     {"version": version, "index": index, **probed.to_document()}
                     for (version, index), probed in (self._probe.found if self._probe is not None else {}).items()
@@ -48,6 +58,14 @@ class VersionListing:
             "num_versions": len(names),
             "versions": [self._about(name, traffic.get(name, [])) for name in names[-MAX_LISTED:]],
         }
+
+    def _lost_shards(self, here: list[Loaded]) -> list[dict[str, Any]]:
+        lost = {one.version: self._scatter.lost_of(one.version) for one in here} if self._scatter is not None else {}
+        return [
+            {"version": version, "shard": number, "reason": reason}
+            for version, shards in lost.items()
+            for number, reason in shards.items()
+        ]
 
     def _about(self, version: str, counts: list[dict[str, Any]]) -> dict[str, Any]:
         told: dict[str, Any] = {"version": version, "traffic": figures(counts)}

@@ -337,9 +337,13 @@ class TestService:
         for _ in range(4):
             service.ask("GET", "/v1/recommend?items=i0001")
         click = {"version": "a", "request_id": "r1", "key": "i0002"}
-        for body in (click, click, {**click, "key": "i0003"}, click):  # a click that is told twice counts once
-            assert service.ask("POST", "/v1/feedback", body).status == 204
-        assert service.ask("POST", "/v1/feedback", {**click, "version": "zz"}).error[:2] == (404, "unknown_version")
+        told = [service.ask("POST", "/v1/feedback", body) for body in (click, click, {**click, "key": "i0003"}, click)]
+        assert {one.status for one in told} == {200}
+        assert [one.json["counted"] for one in told] == [True, False, True, False]  # a click that is told twice
+        for version in ("zz", "../a", "incoming"):
+            reply = service.ask("POST", "/v1/feedback", {**click, "version": version})
+            assert reply.error[:2] == (404, "unknown_version")
+        assert service.ask("POST", "/v1/feedback", {**click, "version": "b"}).json["counted"]  # of another replica, say
         traffic = service.ask("GET", "/v1/versions").json["versions"][0]["traffic"]
         assert (traffic["ctr"], traffic["clicks"], traffic["answered"]) == (0.25, 2, 4)
 
@@ -527,7 +531,7 @@ class TestAccess:
     def test_feedback_with_a_token_of_its_own(self, root: Path) -> None:
         service = LocalService(root, "a", read_token=b"the-token-of-readers")
         click = {"version": "a", "request_id": "r1", "key": "i0002"}
-        assert service.ask("POST", "/v1/feedback", click, token=b"the-token-of-readers").status == 204
+        assert service.ask("POST", "/v1/feedback", click, token=b"the-token-of-readers").status == 200
         access = service.management._access
         service.management._access = dataclasses.replace(access, feedback=b"the-token-of-clicks")
         assert service.ask("POST", "/v1/feedback", click, token=b"the-token-of-readers").error[:2] == (
@@ -535,7 +539,7 @@ class TestAccess:
             "token_required",
         )
         for token in (b"the-token-of-clicks", TOKEN):
-            assert service.ask("POST", "/v1/feedback", click, token=token).status == 204
+            assert service.ask("POST", "/v1/feedback", click, token=token).status == 200
         assert service.ask("GET", "/v1/versions", token=b"the-token-of-clicks").status == 401
         service.close()
 
