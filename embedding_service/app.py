@@ -192,7 +192,7 @@ class Service:
         import ray
         from ray import serve
 
-        from cluster.local_ray import start_local_ray
+        from cluster.local_ray import print_plainly, start_local_ray
 
         if self._metrics_port:
             if address or ray.is_initialized():
@@ -212,6 +212,7 @@ class Service:
                         _metrics_export_port=self._metrics_port or None,
                         _system_config={"worker_niceness": 0},  # Ray's default of 15 is meant for batch work
                     )
+                    print_plainly("ServeReplica:")
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise LaunchError(
                     f"Ray could not be {'reached at ' + address if address else 'started'}: {error}"

@@ -14,6 +14,7 @@ import pytest
 from cluster.errors import SettingError
 from embedding_service import activations, admission
 from embedding_service.gates import Gates
+from embedding_service.service_args import checked_args
 from embedding_service.service_logs import LOGGERS, configure_logs, log_event
 from tests.embedding_service.artifacts import publish
 from tests.embedding_service.services import TOKEN, LocalService
@@ -48,6 +49,23 @@ def test_an_event_is_one_json_object(log: Path) -> None:
     assert type(first.pop("pid")) is int
     assert first == {"level": "INFO", "event": "published", "version": "a\nb", "share": 0.5}
     assert (second["level"], second["event"], second["recall"]) == ("WARNING", "recall_low", 0.25)
+
+
+def test_events_can_be_left_out_and_warnings_never_are(tmp_path: Path, log: Path) -> None:
+    handler = configure_logs("json", str(tmp_path / "warnings.log"), "warning")
+    try:
+        log_event(logger, "published", version="a")
+        log_event(logger, "recall_low", level=logging.WARNING)
+        logger.error("looking at versions failed")
+        assert [line["level"] for line in lines(tmp_path / "warnings.log")] == ["WARNING", "ERROR"]
+    finally:
+        for name in LOGGERS:
+            logging.getLogger(name).removeHandler(handler)
+        handler.close()
+    with pytest.raises(
+        SettingError, match=r"args\.access_log: args\.log_level = warning leaves its lines out"
+    ):
+        checked_args({"artifact": "x", "access_log": True, "log_level": "warning"})
 
 
 def test_a_message_that_is_no_event(log: Path) -> None:
