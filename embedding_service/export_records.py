@@ -101,6 +101,8 @@ class ExportRecords:
                 record = json.loads(handle.read(MAX_RECORD_BYTES))
             if not (isinstance(record["state"], str) and isinstance(record["began"], int | float)):
                 raise TypeError("it has no state, or no beginning")
+            if not isinstance(record.get("activation"), dict | None):
+                raise TypeError("its activation is no object")
             return dict(record)
         except FileNotFoundError:
             return None

@@ -17,13 +17,13 @@ import re
 import subprocess
 import threading
 import time
+import tomllib
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.child import child_command, child_environment
-from cluster.config import load_config
 from cluster.errors import ArtifactError, LexshardError
 from embedding_service.artifact import VERSION_NAME
 from embedding_service.export_records import INTERRUPTED, ExportRecords
@@ -40,6 +40,7 @@ _NOTE_SECONDS = 0.5  # between two times that progress is written down
 _STOP_SECONDS = 5.0
 _LAST_LINES = 5  # of what a command said that are told if it failed without a word
 _MAX_MESSAGE = 2000
+_MAX_CONFIG_BYTES = 2**20
 _ERROR = "lexshard: error: "
 
 
@@ -220,11 +221,16 @@ class Exports:
 def _began_in(folder: Path) -> Path | None:
     """Where `lexshard train` was called, whose config's paths are relative to it; None where that cannot be told.
 
-    Raises SettingError for a config that cannot be read.
+    The config is not loaded here, where its `${NAME}` would stand for variables of the service, and what is wrong with
+    it is the command's to tell.
     """
-    named = Path(load_config(folder / "config.toml").run)
-    parts = named.parts
-    if named.is_absolute() or not parts or folder.parts[-len(parts) :] != parts:
+    try:
+        with open(folder / "config.toml", "rb") as handle:
+            named = tomllib.loads(handle.read(_MAX_CONFIG_BYTES).decode())["run"]
+        parts = Path(named).parts
+    except (ValueError, KeyError, TypeError):  # damaged
+        return None
+    if Path(named).is_absolute() or not parts or folder.parts[-len(parts) :] != parts:
         return None
     return Path(*folder.parts[: -len(parts)])
 

@@ -24,7 +24,7 @@ from tests.embedding_service.artifacts import publish
 from tests.embedding_service.services import LocalService
 from tests.trainers.runs import small_config, write_sessions
 
-GIVE_UP_SECONDS = 120
+GIVE_UP_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,20 @@ def test_a_damaged_run_fails_with_the_commands_words(service: LocalService, tmp_
     assert service.ask("GET", "/v1/versions").json["num_versions"] == 1
 
 
+def test_a_config_does_not_bring_a_token_to_light(
+    service: LocalService, slow: Slow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message about a setting quotes its value, in which `${NAME}` stands for a variable of the environment."""
+    monkeypatch.setenv("LEXSHARD_TOKEN", "a-secret-of-the-tests")
+    slow.go.write_text("2")
+    config = tmp_path / "project" / "runs" / "clicks" / "config.toml"
+    for text in ('run = "x"\n[model]\nkind = "${LEXSHARD_TOKEN}"', 'run = "${LEXSHARD_TOKEN}"', "run = 3", "["):
+        config.write_text(text)
+        told = ended(service, begin(service)["id"])
+        assert told["state"] == "failed"
+        assert "secret" not in json.dumps(told)
+
+
 def test_what_is_no_run_below_the_root(service: LocalService, tmp_path: Path) -> None:
     runs = tmp_path / "project" / "runs"
     outside = tmp_path / "outside"
@@ -273,7 +287,8 @@ class TestRecords:
         for number in range(5):
             records.write({"id": f"{number:016x}", "state": "failed", "began": 0.0})
         assert [one["id"][-1] for one in records.all()] == ["4", "3", "2"]
-        for text in ("{", "[]", '{"state": 3, "began": 0}', '{"state": "failed"}'):
+        wrong = ('{"state": 3, "began": 0}', '{"state": "failed"}', '{"state": "failed", "began": 0, "activation": 1}')
+        for text in ("{", "[]", *wrong):
             (tmp_path / "exports" / "0000000000000004.json").write_text(text)
             assert [one["id"][-1] for one in records.all()] == ["3", "2"]
         (tmp_path / "exports" / "notes.json").write_text("{}")

@@ -62,9 +62,7 @@ def test_events_can_be_left_out_and_warnings_never_are(tmp_path: Path, log: Path
         for name in LOGGERS:
             logging.getLogger(name).removeHandler(handler)
         handler.close()
-    with pytest.raises(
-        SettingError, match=r"args\.access_log: args\.log_level = warning leaves its lines out"
-    ):
+    with pytest.raises(SettingError, match=r"args\.access_log: args\.log_level = warning leaves its lines out"):
         checked_args({"artifact": "x", "access_log": True, "log_level": "warning"})
 
 
