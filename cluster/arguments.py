@@ -115,6 +115,10 @@ def _add_training(add: Add) -> None:
         help="write the published vectors to one file instead",
     )
     sub.add_argument("--vectors", metavar="NAME", help="with --to: the vector set (default item)")
+    sub.add_argument(
+        "--keep-current", action="store_true", help="publish the version beside the current one, which stays that"
+    )
+    sub.add_argument("--json", action="store_true", help="for programs: progress and result, a JSON object per line")
     _add_set(sub)
 
     sub = add("evaluate", "measure a run's checkpoint and artifact over the whole catalogue")
@@ -173,22 +177,24 @@ def _add_serving(add: Add) -> None:
     sub.add_argument("--user", default="", metavar="KEY", help="recommend: whose session it is")
     sub.add_argument("--json", action="store_true", help="for programs")
 
-    sub = add("versions", "list, publish, activate or roll back the versions of a running service")
+    sub = add("versions", "list, publish, export, activate or roll back the versions of a running service")
     sub.add_argument(
         "where", metavar="URL_OR_ROOT", help="http://127.0.0.1:8000; publish also takes a folder of versions"
     )
     sub.add_argument(
         "action",
-        choices=("list", "publish", "activate", "canary", "rollback", "remove"),
+        choices=("list", "publish", "export", "activate", "canary", "rollback", "remove"),
         help="default list",
         nargs="?",
         default="list",
     )
-    sub.add_argument("name", metavar="VERSION", nargs="?", default="", help="the version; publish: its folder")
+    about = "the version; publish: its folder; export: a run below serve.runs"
+    sub.add_argument("name", metavar="VERSION", nargs="?", default="", help=about)
     sub.add_argument(
         "--share", type=float, default=0.1, metavar="N", help="canary: of the callers; 0 ends it (default 0.1)"
     )
     sub.add_argument("--force", action="store_true", help="activate, canary: although the gates say no")
+    sub.add_argument("--activate", action="store_true", help="export: make the version live then, if the gates say so")
     sub.add_argument("--token-file", default="", metavar="FILE", help="the service's token (default: $LEXSHARD_TOKEN)")
     sub.add_argument("--json", action="store_true", help="for programs")
 

@@ -188,8 +188,13 @@ def _export(args: Arguments) -> int:
     overrides = list(args.set)
     overrides += [f"export.precision={args.precision}"] if args.precision else []
     overrides += [f"export.index={args.index}"] if args.index else []
+    asked = {"out": args.out, "which": args.which or "best", "overrides": overrides, "current": not args.keep_current}
+    if args.json:
+        path = export_run(run, **asked, on_event=lambda event: print(json.dumps(event), flush=True))
+        print(json.dumps({"kind": "published", "version": path.name, "path": str(path)}))
+        return 0
     with watching(every_seconds=0.0) as listener:
-        path = export_run(run, out=args.out, which=args.which or "best", overrides=overrides, on_event=listener)
+        path = export_run(run, **asked, on_event=listener)
     print(path)
     print(f"next: lexshard serve {args.out or args.run}", file=sys.stderr)
     return 0
@@ -198,8 +203,8 @@ def _export(args: Arguments) -> int:
 def _interchange(args: Arguments) -> int:
     if not args.out:
         raise SettingError("--out", f"is needed with --to {args.to}: the file to write")
-    for name in ("which", "precision", "index", "set"):
-        if getattr(args, name):
+    for name in ("which", "precision", "index", "set", "keep-current", "json"):
+        if getattr(args, name.replace("-", "_")):
             raise SettingError(f"--{name}", f"has no effect with --to {args.to}, which converts what is published")
     folder = _artifact_folder(args.run)
     from embedding_service.artifact import Artifact
@@ -293,10 +298,12 @@ def _serve(args: Arguments) -> int:
         read_token_file=settings.read_token_file,
         feedback_token_file=settings.feedback_token_file,
         gates=gates,
+        runs=settings.runs,
         metrics_port=settings.metrics_port,
         probe_seconds=settings.probe_seconds,
         probe_margin=settings.probe_margin,
         log_format=settings.log_format,
+        log_level=settings.log_level,
         log_file=str(Path(settings.log_file).absolute()) if settings.log_file else "",
         access_log=settings.access_log,
     )
@@ -312,15 +319,25 @@ def _serve(args: Arguments) -> int:
 
 
 def _versions(args: Arguments) -> int:
-    from embedding_service.versions_client import change, listing, publish
+    from cluster.console import watching
+    from embedding_service.versions_client import change, export, listing, publish
 
     ends_canary = args.action == "canary" and args.share == 0
-    if args.action in ("publish", "activate", "canary", "remove") and not args.name and not ends_canary:
-        raise SettingError("VERSION", f"is needed: lexshard versions {args.where} {args.action} ...")
+    needs_name = args.action not in ("list", "rollback") and not ends_canary
+    if needs_name and not args.name:
+        name = "RUN" if args.action == "export" else "VERSION"
+        raise SettingError(name, f"is needed: lexshard versions {args.where} {args.action} ...")
+    if args.activate and args.action != "export":
+        raise SettingError("--activate", f"is for export, not for {args.action}")
     if args.action == "list":
         told, lines = listing(args.where, token_file=args.token_file)
     elif args.action == "publish":
         told, lines = publish(args.where, args.name, token_file=args.token_file)
+    elif args.action == "export":
+        with watching(every_seconds=0.0) as listener:
+            told, lines = export(
+                args.where, args.name, activate=args.activate, token_file=args.token_file, on_event=listener
+            )
     else:
         share = args.share if args.action == "canary" else None
         told, lines = change(
@@ -429,7 +446,7 @@ def _demo(args: Arguments) -> int:
         print(f"{question}:\n    {', '.join(answers)}")
     port = wanted if asked else _free_port(wanted)
     print(f"\nserving {demo.served}", flush=True)
-    with serve_artifact(demo.served, port=port) as service:
+    with serve_artifact(demo.served, port=port, log_level="warning") as service:
         print(f"try: curl '{service.address}{demo.question}'")
         answer = ask(service.address, "GET", demo.question)
         print(f"     {', '.join(item['key'] for item in answer['items'])}")

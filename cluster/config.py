@@ -470,6 +470,7 @@ class ServeSettings:
     feedback_token_file: str = setting(
         "", "file with the token that clicks are told with; empty: LEXSHARD_FEEDBACK_TOKEN, and without it as questions"
     )
+    runs: str = setting("", "folder whose runs the service exports when it is asked to; empty: it exports none")
     metrics_port: int = setting(
         0, "where Prometheus asks for metrics, on 127.0.0.1; 0: any free port, told at start", low=0, high=65535
     )
@@ -480,6 +481,7 @@ class ServeSettings:
         0.05, "warn when that recall is this far below what export has measured", low=0.0, high=1.0
     )
     log_format: Literal["text", "json"] = setting("text", "lines of the log: for people, or JSON objects for programs")
+    log_level: Literal["info", "warning"] = setting("info", "least level of a line; warning: no events but these")
     log_file: str = setting("", "file that events, warnings and errors are appended to; empty: stderr")
     access_log: bool = setting(False, "write a line for each request, which costs throughput")
     gates: GateSettings = GateSettings()

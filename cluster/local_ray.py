@@ -6,6 +6,7 @@ import logging
 import os
 import select
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,9 +14,12 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._private.worker import print_to_stdstream
 
 # What Ray's processes are started with. The first says what `_LOOPBACK` says, to those that ask for their address.
 _ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GLOO_SOCKET_IFNAME": "lo"}
+_PRINTER = "ray_print_logs"  # what `ray.init` prints the lines of workers with, and `ray.shutdown` takes away
 _ROUNDS = 4  # of looking for what is left: a process that cannot be killed is not waited for for ever
 _LOOPBACK = "ENABLE_RAY_CLUSTER"  # false: Ray's address of this machine is 127.0.0.1, the default on a desktop system
 
@@ -38,6 +42,25 @@ def start_local_ray(*, num_cpus: int, **options: Any) -> None:
         setattr(ray_constants, _LOOPBACK, clusters)
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def print_plainly(actors: str) -> None:
+    """From now on, print what actors whose name begins with `actors` write as it is, without Ray's prefix and its notes
+    of what was repeated; others' lines keep both.
+
+    For a Ray of this machine alone: of a cluster one wants to know which node has written a line.
+    """
+
+    def show(data: dict[str, Any]) -> None:
+        if not str(data.get("actor_name") or "").startswith(actors):
+            print_to_stdstream(data, ignore_prefix=False)
+            return
+        out = sys.stderr if data["is_err"] else sys.stdout
+        out.writelines(f"{line}\n" for line in data["lines"])
+        out.flush()
+
+    global_worker_stdstream_dispatcher.remove_handler(_PRINTER)
+    global_worker_stdstream_dispatcher.add_handler(_PRINTER, show)
 
 
 def end_processes(name: str, value: str, *, patience: float = 5.0) -> None:

@@ -9,7 +9,6 @@ FAISS or another reader crash or eat all memory.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.child import child_command, child_environment
 from cluster.errors import ArtifactError, LexshardError
 from cluster.storage import checksum
 from embedding_service.artifact import MANIFEST, Artifact
@@ -93,11 +93,8 @@ def admit_apart(candidate: Path, live: Path | None, gates: Gates, *, timeout_sec
     a crash and too long a time included.
     """
     request = {"candidate": str(candidate), "live": live and str(live), "gates": asdict(gates)}
-    command = [sys.executable, "-m", "embedding_service.admission"]
-    root = str(Path(__file__).parents[1])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    ours = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environment = {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = child_command("embedding_service.admission")
+    environment = child_environment(without=VARIABLES) | {"OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
             command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout_seconds, env=environment
@@ -123,7 +120,6 @@ def fingerprint(candidate: Path, live: Path | None, gates: Gates) -> str:
 
 def main() -> None:
     request = json.loads(sys.stdin.read())
-    os.nice(10)
     candidate, live = Path(request["candidate"]), request["live"] and Path(request["live"])
     try:
         _bound_memory([folder for folder in (candidate, live) if folder])

@@ -1,4 +1,4 @@
-"""Ray Serve around the HTTP interface: the one file that knows both Ray and the service.
+"""Ray Serve around the service's processes (`replica`): the one file that knows both Ray and the service.
 
 `serve_artifact` runs a service from Python or the command line; `build` is what a Serve config file imports
 (deploy/serve.yaml). Both use Serve's high-throughput mode: HAProxy in front, one hop to the replica's own event loop.
@@ -12,7 +12,6 @@ Ray is imported inside functions: `lexshard serve` checks the artifact and the p
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import logging
 import os
@@ -21,37 +20,22 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import LaunchError, SettingError
-from cluster.metrics import RayMetrics, node_metrics_addresses
-from cluster.periodic import Periodic
-from embedding_service import http_refusals, http_unwatched
+from cluster.metrics import node_metrics_addresses
+from embedding_service import http_unwatched
 from embedding_service.artifact import Artifact
-from embedding_service.http_api import HttpApi
-from embedding_service.http_artifact import http_api
-from embedding_service.http_management import Management
 from embedding_service.http_ports import check_port, high_throughput_environment
 from embedding_service.http_schema import Limits
-from embedding_service.http_service import TIMED_ROUTES, HttpService
-from embedding_service.index_shards import Found, Question
-from embedding_service.instruments import Instruments
-from embedding_service.live_versions import LiveVersions
-from embedding_service.overlay import Overlay
-from embedding_service.recall_probe import RecallProbe
-from embedding_service.scatter import Scatter, Send
-from embedding_service.service_args import MAX_ONGOING, MAX_QUEUED, ServiceArgs, begin_with, checked_args, store_of
-from embedding_service.service_logs import configure_logs
-from embedding_service.service_metrics import METRICS, PUBLISH_SECONDS, ServiceMetrics
-from embedding_service.shard_versions import ShardVersions
+from embedding_service.replica import Replica, ShardReplica
+from embedding_service.service_args import MAX_ONGOING, MAX_QUEUED, ServiceArgs, begin_with, checked_args
 
 if TYPE_CHECKING:
     from ray.serve import Application
-    from ray.serve.handle import DeploymentHandle
 
 logger = logging.getLogger(__name__)
 
@@ -63,89 +47,6 @@ _STOP_SECONDS = 20.0  # twice what a replica takes at most
 _CHECK_SECONDS = 0.5
 _POLL_SECONDS = 0.05
 _SHARD_CHECK_SECONDS = 2.0  # within which Serve notices that a shard has ended
-
-
-class Replica:
-    """One process that holds the versions that are served and answers HTTP."""
-
-    def __init__(self, args: dict[str, Any], shards: Sequence[DeploymentHandle[Any]] = ()) -> None:
-        """`shards`: the deployments that hold the index, if this process does not."""
-        settings = ServiceArgs.model_validate(args)
-        configure_logs(settings.log_format, settings.log_file)
-        instruments = Instruments(TIMED_ROUTES)
-        scatter = _scatter_over(shards, settings) if shards else None
-        access = settings.access()
-        store = store_of(settings.artifact)
-
-        def open_version(version: str, verify: bool) -> HttpApi:
-            overlay = Overlay(store.overlay_file(version) if store is not None else None)
-            if store is not None:
-                artifact = store.open(version, verify=verify)
-            else:
-                artifact = Artifact.open(Path(settings.artifact), verify=verify)
-            if scatter is not None:
-                scatter.load(version)
-            return http_api(
-                artifact,
-                settings.limits(),
-                threads=settings.threads,
-                overlay=overlay,
-                instruments=instruments,
-                scatter=scatter,
-            )
-
-        versions = LiveVersions(settings.start, open_version, store, verify=settings.verify)
-        probe = RecallProbe(versions, margin=settings.probe_margin)
-        management = Management(
-            versions, store, access, settings.gates.gates(), admit_seconds=settings.admit_seconds, probe=probe
-        )
-        self._service = HttpService(versions, management, access, instruments, access_log=settings.access_log)
-        self._instruments = instruments
-        metrics, published = ServiceMetrics(instruments, versions, store, probe), RayMetrics(METRICS)
-        self._tasks = [Periodic("metrics", PUBLISH_SECONDS, lambda: published.publish(metrics.samples()))]
-        if settings.probe_seconds:
-            self._tasks.append(Periodic("recall-probe", settings.probe_seconds, probe.run))
-
-    def __serve_build_asgi_app__(self) -> HttpService:
-        """Serve calls it in the replica's process, before it starts the HTTP server there."""
-        http_refusals.install(self._instruments, MAX_ONGOING + MAX_QUEUED)
-        return self._service
-
-
-class ShardReplica:
-    """One process that holds shard `number` of every index, and answers the replicas alone."""
-
-    def __init__(self, args: dict[str, Any], number: int) -> None:
-        settings = ServiceArgs.model_validate(args)
-        configure_logs(settings.log_format, settings.log_file)
-        self._versions = ShardVersions(settings, number)
-        self._searching = ThreadPoolExecutor(max(2, settings.threads), thread_name_prefix="search")
-
-    async def load(self, version: str) -> None:
-        await asyncio.to_thread(self._versions.load, version)
-
-    async def search(self, version: str, index: str, question: Question) -> Found:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._searching, self._versions.search, version, index, question)
-
-    async def check_health(self) -> None:
-        """Serve calls it every few seconds."""
-        await asyncio.to_thread(self._versions.let_go)
-
-
-def _scatter_over(shards: Sequence[DeploymentHandle[Any]], settings: ServiceArgs) -> Scatter:
-    def send_to(handle: DeploymentHandle[Any]) -> Send:
-        async def send(method: str, *arguments: Any) -> Any:
-            return await handle.options(method_name=method).remote(*arguments)
-
-        return send
-
-    return Scatter(
-        [send_to(handle) for handle in shards],
-        timeout_seconds=settings.shard_timeout_seconds,
-        partial=settings.on_lost_shard == "partial",
-        load_seconds=settings.admit_seconds,
-    )
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -291,7 +192,7 @@ class Service:
         import ray
         from ray import serve
 
-        from cluster.local_ray import start_local_ray
+        from cluster.local_ray import print_plainly, start_local_ray
 
         if self._metrics_port:
             if address or ray.is_initialized():
@@ -311,6 +212,7 @@ class Service:
                         _metrics_export_port=self._metrics_port or None,
                         _system_config={"worker_niceness": 0},  # Ray's default of 15 is meant for batch work
                     )
+                    print_plainly("ServeReplica:")
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise LaunchError(
                     f"Ray could not be {'reached at ' + address if address else 'started'}: {error}"

@@ -439,8 +439,10 @@ class ArtifactWriter:
             "layouts": list(drawn.layouts), "colours": list(drawn.colours),
         }  # fmt: skip
 
-    def publish(self, *, lineage: Mapping[str, Any], figures: Mapping[str, Any]) -> Path:
+    def publish(self, *, lineage: Mapping[str, Any], figures: Mapping[str, Any], current: bool = True) -> Path:
         """Write the manifest, rename the folder to its version and make it the current one; returns its path.
+
+        Without `current` it becomes that only where there is none.
 
         Raises ArtifactError if a vector set is incomplete, the parts do not fit each other, or the version exists.
         """
@@ -476,7 +478,8 @@ class ArtifactWriter:
             parse_manifest((self.folder / MANIFEST).read_bytes(), str(self.folder / MANIFEST))
             publish_folder(self.folder, self.root / version)
             self._release()
-            write_atomic(self.root / CURRENT, json.dumps({"version": version}).encode())
+            if current or not (self.root / CURRENT).exists():
+                write_atomic(self.root / CURRENT, json.dumps({"version": version}).encode())
         return self.root / version
 
     def abort(self) -> None:

@@ -9,7 +9,8 @@
     GET  /v1/items                                       what was added to, and taken off, the live version
     POST /v1/items                {"key", "like"}        an item without training: near others, or at a "vector"
     POST /v1/items/delete         {"keys"}
-    POST /v1/feedback             {"version", "request_id", "key"}
+    POST /v1/feedback             {"version", "request_id", "key"}     answers {"counted"}: false for a click told twice
+    GET, POST /v1/exports, GET /v1/exports/{id}          a run as a version, see `http_exports`
 
 An activation takes seconds to minutes: it is answered with 202, and `GET /v1/versions` tells how it goes on
 (`admission`: checking, flipping, then live or canary, or refused); with "wait_seconds" the answer is held back until it
@@ -23,8 +24,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -34,31 +33,30 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from cluster.errors import ArtifactError, LexshardError
-from embedding_service.admission import admit_apart, fingerprint
-from embedding_service.gates import Figure, Gates, to_document
+from cluster.errors import ArtifactError
+from embedding_service.activations import Activations
+from embedding_service.exports import Exports
+from embedding_service.gates import Gates
 from embedding_service.http_access import Access
+from embedding_service.http_exports import ONE_EXPORT, ExportEndpoints
+from embedding_service.http_exports import OPERATIONS as EXPORT_OPERATIONS
 from embedding_service.http_messages import Receive, Response, Scope, json_response, read_body
 from embedding_service.http_openapi import Operation
 from embedding_service.http_schema import Key, Problem, Strict, parse_body
-from embedding_service.live_versions import LiveVersions, Loaded
-from embedding_service.manifest import MAX_MANIFEST_BYTES, parse_manifest
+from embedding_service.live_versions import LiveVersions
 from embedding_service.recall_probe import RecallProbe
-from embedding_service.selective import SelectiveRetriever
+from embedding_service.scatter import Scatter
 from embedding_service.service_logs import log_event
-from embedding_service.traffic import figures
+from embedding_service.version_listing import VersionListing
 from embedding_service.versions import VersionStore
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[bytes], Awaitable[Response]]
+Handler = Callable[..., Awaitable[Response]]  # of the body, and of what the path names
 MAX_BODY_BYTES = 64 * 1024
 FEEDBACK = "/v1/feedback"
-MAX_LISTED = 100
 MAX_WAIT_SECONDS = 300.0
-FLIP_SECONDS = 60.0  # within which all replicas should have loaded what one of them has
 _ROLL_BACK_SECONDS = 5.0  # they have it in memory
-_LOOK_SECONDS = 0.05
 
 
 class Publish(Strict):
@@ -117,13 +115,16 @@ OPERATIONS = (
     Operation("POST", "/v1/items", "add an item to the live version", NewItem, True, 201,
               errors=_BODY | _TOKEN | {"404": "an item that it is like is unknown"}),
     Operation("POST", "/v1/items/delete", "take items off the live version", Keys, True, errors=_BODY | _TOKEN),
-    Operation("POST", FEEDBACK, "a click on what was answered", Feedback, status=204, answer="counted",
+    Operation("POST", FEEDBACK, "a click on what was answered", Feedback,
+              answer="`counted`: false where the same click was told before; request ids are not checked",
               errors=_BODY | _VERSION | {"401": "without the token"}),
+    *EXPORT_OPERATIONS,
 )  # fmt: skip
+_EXPORT = ONE_EXPORT.removesuffix("{id}")
 
 
 class Management:
-    """Answers requests for `paths`. Handlers run on the event loop and leave files to threads."""
+    """Answers what has a route here (`route_of`). Handlers run on the event loop and leave files to threads."""
 
     def __init__(
         self,
@@ -134,36 +135,56 @@ class Management:
         *,
         admit_seconds: float,
         probe: RecallProbe | None = None,
+        scatter: Scatter | None = None,
+        runs: str = "",
     ) -> None:
-        self._versions, self._store, self._access, self._gates = versions, store, access, gates
-        self._admit_seconds, self._probe = admit_seconds, probe
-        self._facts: OrderedDict[str, tuple[tuple[int, int, int], dict[str, Any]]] = OrderedDict()  # of manifests
+        """scatter: the processes that hold the indexes, if this one does not. runs: the folder whose runs are exported
+        on request; "": none.
+        """
+        self._versions, self._store, self._access = versions, store, access
+        self._listing = VersionListing(versions, store, probe, scatter)
+        self.activations = self._exports = None
+        if store is not None:
+            self.activations = Activations(versions, store, gates, admit_seconds=admit_seconds)
+            self._exports = Exports(store, Path(runs), self.activations.run) if runs else None
+        exports = ExportEndpoints(self._exports)
         handlers: list[Handler] = [
             self._list, self._publish, self._activate, self._canary, self._roll_back, self._remove,
             self._items, self._add_item, self._delete_items, self._feedback,
+            exports.all, exports.begin, exports.one,
         ]  # fmt: skip
         self._routes: dict[str, dict[str, tuple[Operation, Handler]]] = {}
         for operation, handler in zip(OPERATIONS, handlers, strict=True):
             self._routes.setdefault(operation.path, {})[operation.method] = operation, handler
-        self.paths = self._routes.keys()
+
+    def route_of(self, path: str) -> str:
+        """The endpoint that a path asks for, like /v1/exports/{id}; "" where it is none of these."""
+        return path if path in self._routes else ONE_EXPORT if path.startswith(_EXPORT) else ""
+
+    def close(self) -> None:
+        """End what runs beside the requests, and its processes."""
+        if self._exports is not None:
+            self._exports.close()
 
     async def respond(self, method: str, path: str, scope: Scope, receive: Receive) -> Response:
-        """The answer to one of `paths`. Raises Problem."""
-        if method not in self._routes[path]:
-            allowed = ", ".join(sorted(self._routes[path]))
-            message = f"{path} answers {allowed}, not {method[:20]}"
+        """The answer to a path that has a route. Raises Problem."""
+        methods = self._routes[self.route_of(path)]
+        if method not in methods:
+            allowed = ", ".join(sorted(methods))
+            message = f"{path[:100]} answers {allowed}, not {method[:20]}"
             raise Problem(405, "method_not_allowed", message, ((b"allow", allowed.encode()),))
-        operation, handler = self._routes[path][method]
+        operation, handler = methods[method]
         if operation.token:
             self._access.check_change(scope)
         elif path == FEEDBACK:
             self._access.check_feedback(scope)
         else:
             self._access.check_read(scope)
-        return await handler(await read_body(scope, receive, MAX_BODY_BYTES))
+        named = [path.removeprefix(_EXPORT)] if operation.names else []
+        return await handler(await read_body(scope, receive, MAX_BODY_BYTES), *named)
 
     async def _list(self, _: bytes) -> Response:
-        return json_response(await asyncio.to_thread(self._listing))
+        return json_response(await asyncio.to_thread(self._listing.document))
 
     async def _publish(self, body: bytes) -> Response:
         asked, store = parse_body(Publish, body), self._required_store()
@@ -192,7 +213,7 @@ class Management:
             state = await _file_work(self._required_store().roll_back, asked.live)
         log_event(logger, "rolled_back", version=state.live, sequence=state.sequence)
         await asyncio.to_thread(self._versions.refresh)
-        flips = await asyncio.to_thread(self._await_flips, state.sequence, _ROLL_BACK_SECONDS)
+        flips = await asyncio.to_thread(self._required_activations().await_flips, state.sequence, _ROLL_BACK_SECONDS)
         told = {"live": state.live, "sequence": state.sequence, "problem": self._versions.problem}
         return json_response(told | flips)
 
@@ -205,7 +226,7 @@ class Management:
 
     async def _items(self, _: bytes) -> Response:
         loaded = self._versions.now.live
-        changes = _selective(loaded).overlay.now
+        changes = loaded.selective.overlay.now
         added = [{"key": one.key, "attributes": dict(one.attributes)} for one in changes.added]
         deleted = sorted(changes.deleted, key=str)
         told = {"added": added, "num_deleted": len(deleted), "deleted": deleted[:1000]}
@@ -213,7 +234,7 @@ class Management:
 
     async def _add_item(self, body: bytes) -> Response:
         asked, loaded = parse_body(NewItem, body), self._versions.now.live
-        selective = _selective(loaded)
+        selective = loaded.selective
         vector = None if asked.vector is None else _query_vector(asked.vector)
         new = await asyncio.to_thread(
             selective.place, asked.key, like=asked.like, vector=vector, attributes=asked.attributes
@@ -223,7 +244,7 @@ class Management:
 
     async def _delete_items(self, body: bytes) -> Response:
         asked, loaded = parse_body(Keys, body), self._versions.now.live
-        selective = _selective(loaded)
+        selective = loaded.selective
         known = [key for key in asked.keys if selective.has(key)]
         unknown = [key for key in asked.keys if not selective.has(key)]
         changes = await _file_work(selective.delete, known)
@@ -233,14 +254,14 @@ class Management:
     async def _feedback(self, body: bytes) -> Response:
         asked = parse_body(Feedback, body)
         tally = self._versions.tallies.get(asked.version)
+        tally = tally or await asyncio.to_thread(self._versions.tally_of, asked.version)
         if tally is None:
-            raise Problem(404, "unknown_version", f"no answer came from a version {asked.version!r}")
-        tally.note_click(asked.request_id, asked.key)
-        return Response(204, b"")
+            raise Problem(404, "unknown_version", f"there is no version {asked.version!r} that could have answered")
+        return json_response({"version": asked.version, "counted": tally.note_click(asked.request_id, asked.key)})
 
     async def _start(self, asked: Activate, share: float | None) -> Response:
         """Begin an admission in a thread of its own; answer when it is decided or `wait_seconds` are over."""
-        store = self._required_store()
+        activations, store = self._required_activations(), self._required_store()
         await _file_work(store.folder, asked.version)  # 404 at once
         loop, decided = asyncio.get_running_loop(), asyncio.Event()
         begun: asyncio.Future[None] = loop.create_future()
@@ -252,10 +273,9 @@ class Management:
         def work() -> None:
             problem = Problem(500, "internal", "this activation failed inside the service; its log says why")
             try:
-                with store.admitting():
-                    self._note(asked.version, "checking")
-                    loop.call_soon_threadsafe(begin)
-                    self._admit(asked, share)
+                activations.run(
+                    asked.version, share=share, force=asked.force, on_begun=lambda: loop.call_soon_threadsafe(begin)
+                )
             except BlockingIOError:
                 problem = Problem(409, "busy", "another activation runs; GET /v1/versions tells how it goes")
             except OSError as error:
@@ -279,133 +299,16 @@ class Management:
             return json_response(found, 202 if found.get("state") == "flipping" else 200)
         return json_response(store.admission(), 202)
 
-    def _admit(self, asked: Activate, share: float | None) -> None:
-        store = self._required_store()
-        try:
-            serving = store.serving()
-            live = serving.live if serving is not None else self._versions.start
-            measured, known = self._measured(asked.version, live)
-            failed = [str(figure) for figure in measured if not figure.passed]
-            if failed and not asked.force:
-                raise ArtifactError("; ".join(failed) + "; it can be forced")
-            former = _selective(self._versions.now.live).overlay.now
-            loaded = self._versions.preload(asked.version, verify=known)
-            lost = _selective(loaded).lost(former) if share is None else {}
-            if share is None:
-                state = store.activate(asked.version, start=self._versions.start)
-            else:
-                state = store.set_canary(asked.version, share, start=self._versions.start)
-            ends = "live" if share is None else "canary"
-            told = {
-                "forced": failed,
-                "figures": to_document(measured),
-                "ends": ends,
-                "sequence": state.sequence,
-                **lost,
-            }
-            self._note(asked.version, "flipping", **told)
-            self._versions.refresh()
-            flips = self._await_flips(state.sequence, FLIP_SECONDS)
-            self._note(asked.version, "flipping" if "reason" in flips else ends, **told, **flips)
-            event = "activated" if share is None else "canary_started"
-            log_event(logger, event, version=asked.version, share=share, against=live, forced=failed or None, **flips)
-        except (LexshardError, OSError, MemoryError) as error:
-            self._refuse(asked.version, str(error) or type(error).__name__)
-        except Exception as error:  # a bug of ours must not leave it "checking" for ever
-            logger.exception("activating %s failed", asked.version)
-            self._refuse(asked.version, f"failed inside the service ({type(error).__name__})")
-
-    def _refuse(self, version: str, reason: str) -> None:
-        self._note(version, "refused", reason=reason)
-        log_event(logger, "refused", level=logging.WARNING, asked="activate", version=version, reason=reason)
-
-    def _await_flips(self, sequence: int, seconds: float) -> dict[str, Any]:
-        """How many replicas have flipped to the state of `sequence`: all of them, or there is a "reason"."""
-        store, give_up = self._required_store(), time.monotonic() + seconds
-        while (found := store.flipped(sequence))["flipped"] < found["replicas"]:
-            if time.monotonic() > give_up:
-                problems = {str(place["problem"]) for place in store.places() if place["sequence"] < sequence} - {""}
-                return {**found, "reason": "; ".join(sorted(problems)) or f"not loaded within {seconds:g} s"}
-            time.sleep(_LOOK_SECONDS)
-        return dict(found)
-
-    def _measured(self, version: str, live: str) -> tuple[list[Figure], bool]:
-        """The gates' figures of a version against the live one, and whether they were known from an earlier time."""
-        store = self._required_store()
-        candidate, against = store.folder(version), store.folder(live) if live != version else None
-        asked = fingerprint(candidate, against, self._gates)
-        kept = store.verdict(version)
-        if kept is not None and kept.get("asked") == asked:
-            return [Figure(**figure) for figure in kept["figures"]], True
-        measured = admit_apart(candidate, against, self._gates, timeout_seconds=self._admit_seconds)
-        store.keep_verdict(version, {"asked": asked, "against": live, "figures": to_document(measured)})
-        return measured, False
-
-    def _note(self, version: str, state: str, **more: Any) -> None:
-        self._required_store().note_admission({"version": version, "state": state, **more})
-
-    def _listing(self) -> dict[str, Any]:
-        now, store = self._versions.now, self._store
-        state = store.serving() if store is not None else None
-        names = store.names() if store is not None else [now.live.version]
-        traffic = self._versions.all_counts()
-        return {
-            "live": state.live if state is not None else now.live.version,
-            "previous": list(state.previous) if state is not None else [],
-            "canary": (state.canary or None) if state is not None else None,
-            "share": state.share if state is not None else 0.0,
-            "sequence": state.sequence if state is not None else 0,
-            "here": {
-                "live": now.live.version,
-                "canary": now.canary.version if now.canary is not None else None,
-                "problem": self._versions.problem or None,
-                "recall": [
-                    {"version": version, "index": index, **probed.to_document()}
-                    for (version, index), probed in (self._probe.found if self._probe is not None else {}).items()
-                ],
-            },
-            "admission": store.admission() if store is not None else None,
-            "num_versions": len(names),
-            "versions": [self._about(name, traffic.get(name, [])) for name in names[-MAX_LISTED:]],
-        }
-
-    def _about(self, version: str, counts: list[dict[str, Any]]) -> dict[str, Any]:
-        told: dict[str, Any] = {"version": version, "traffic": figures(counts)}
-        if self._store is None:
-            return told
-        try:
-            fixed = self._manifest_facts(self._store.folder(version) / "manifest.json", version)
-            verdict = self._store.verdict(version) or {}
-        except (ArtifactError, OSError) as error:
-            return {**told, "problem": str(error)}
-        return {**told, **fixed, "gates": verdict.get("figures"), "against": verdict.get("against")}
-
-    def _manifest_facts(self, file: Path, version: str) -> dict[str, Any]:
-        """What the manifest says; read again only when the file is another one. Raises ArtifactError, OSError."""
-        found = file.stat()
-        stamp = found.st_ino, found.st_mtime_ns, found.st_size
-        known = self._facts.get(version)
-        if known is not None and known[0] == stamp:
-            return known[1]
-        with open(file, "rb") as handle:
-            manifest = parse_manifest(handle.read(MAX_MANIFEST_BYTES + 1), version)
-        recommend = manifest.indexes.get("recommend")
-        facts = {
-            "created": manifest.created,
-            "num_items": recommend.rows if recommend is not None else None,
-            "dim": recommend.dim if recommend is not None else None,
-            "figures": manifest.figures,
-        }
-        self._facts[version] = stamp, facts
-        if len(self._facts) > 2 * MAX_LISTED:
-            self._facts.popitem(last=False)
-        return facts
-
     def _required_store(self) -> VersionStore:
         if self._store is None:
             message = "this service was started on the folder of one version; start it on the folder above it"
             raise Problem(409, "fixed_version", message)
         return self._store
+
+    def _required_activations(self) -> Activations:
+        self._required_store()
+        assert self.activations is not None
+        return self.activations
 
 
 @contextlib.contextmanager
@@ -416,11 +319,6 @@ def _refusal(asked: str, **fields: Any) -> Iterator[None]:
     except Problem as problem:
         log_event(logger, "refused", level=logging.WARNING, asked=asked, **fields, reason=str(problem))
         raise
-
-
-def _selective(loaded: Loaded) -> SelectiveRetriever:
-    assert loaded.api.selective is not None
-    return loaded.api.selective
 
 
 def _query_vector(values: list[float]) -> npt.NDArray[np.float32]:

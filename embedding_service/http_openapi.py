@@ -41,6 +41,7 @@ class Operation:
     answer: str = "OK"
     later: bool = False  # it may be answered with 202 before it is done
     errors: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)  # of parts of the path, and the patterns they match
 
 
 def openapi(catalogue: Catalogue, models: RequestModels, limits: Limits, *, has_page: bool = False) -> dict[str, Any]:
@@ -208,14 +209,18 @@ def with_management(document: Mapping[str, Any], operations: Sequence[Operation]
     components = dict(document["components"]["schemas"])
     paths = dict(document["paths"])
     for one in operations:
-        responses: dict[str, Any] = {str(one.status): {"description": one.answer}}
-        if one.status != 204:
-            responses[str(one.status)]["content"] = {"application/json": {"schema": {"type": "object"}}}
+        answered = {"application/json": {"schema": {"type": "object"}}}
+        responses: dict[str, Any] = {str(one.status): {"description": one.answer, "content": answered}}
         if one.later:
             responses["202"] = responses["200"]
         failed = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
         responses |= {code: {"description": text, "content": failed} for code, text in one.errors.items()}
         described: dict[str, Any] = {"summary": one.summary, "responses": responses}
+        if one.names:
+            described["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": f"^{pattern}$"}}
+                for name, pattern in one.names.items()
+            ]
         if one.body is not None:
             whole = one.body.model_json_schema(ref_template="#/components/schemas/{model}")
             components.update(whole.pop("$defs", {}))

@@ -70,7 +70,7 @@ class HttpService:
         try:
             response = None
             try:
-                if path in self._management.paths:
+                if self._management.route_of(path):
                     response = await self._management.respond(scope["method"], path, scope, receive)
                 else:
                     if self._access.read is not None and path not in _OPEN and not path.startswith(_PAGE):
@@ -98,7 +98,8 @@ class HttpService:
 
     def _note(self, path: str, status: int, seconds: float, loaded: Loaded | None, scope: Scope) -> None:
         version = loaded.version if loaded is not None else ""
-        route = path if path in ROUTES else "/page" if path.startswith(_PAGE) else "other"
+        route = path if path in ROUTES else self._management.route_of(path)
+        route = route or ("/page" if path.startswith(_PAGE) else "other")
         self._instruments.note_request(version, route, status, seconds)
         if self._access_log:
             request_id = header(scope, REQUEST_ID)[:MAX_ID].decode("latin-1") or None
@@ -140,6 +141,7 @@ class HttpService:
             return await send({"type": "websocket.close", "code": 1003})
         while (await receive())["type"] != "lifespan.shutdown":
             await send({"type": "lifespan.startup.complete"})
+        self._management.close()
         self._versions.close()
         await send({"type": "lifespan.shutdown.complete"})
 

@@ -16,7 +16,7 @@ _Waiting = list[tuple[Any, asyncio.Future[Any]]]
 
 
 class Turns:
-    """Collects queries by group, and asks for a group's answers once per turn of the event loop."""
+    """Collects queries by group, and asks for a group's answers once per turn of the event loop that they wait on."""
 
     def __init__(self, answer: Answer, is_quick: Callable[[int], bool], pool: Executor) -> None:
         """answer(group, queries): one answer per query, in order; it may raise.
@@ -24,7 +24,7 @@ class Turns:
         is_quick(n): whether n queries may be answered on the event loop; else they are in a thread of `pool`.
         """
         self._answer, self._is_quick, self._pool = answer, is_quick, pool
-        self._waiting: dict[Hashable, _Waiting] = {}
+        self._waiting: dict[asyncio.AbstractEventLoop, dict[Hashable, _Waiting]] = {}  # of a loop: in its thread
 
     async def ask(self, group: Hashable, query: Any) -> Any:
         """The answer to `query`, computed with those of its group that are asked for in this turn.
@@ -32,15 +32,16 @@ class Turns:
         Raises what `answer` raises for this query, whatever becomes of the others.
         """
         loop = asyncio.get_running_loop()
-        if not self._waiting:
+        groups = self._waiting.get(loop)
+        if groups is None:
+            groups = self._waiting[loop] = {}
             loop.call_soon(self._flush, loop)
         future: asyncio.Future[Any] = loop.create_future()
-        self._waiting.setdefault(group, []).append((query, future))
+        groups.setdefault(group, []).append((query, future))
         return await future
 
     def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
-        groups, self._waiting = self._waiting, {}
-        for group, waiting in groups.items():
+        for group, waiting in self._waiting.pop(loop).items():
             if self._is_quick(len(waiting)):
                 _resolve(waiting, self._outcomes(group, [query for query, _ in waiting]))
             else:

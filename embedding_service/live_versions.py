@@ -22,6 +22,7 @@ from typing import Any
 
 from cluster.errors import ArtifactError, LexshardError
 from embedding_service.http_api import HttpApi
+from embedding_service.selective import SelectiveRetriever
 from embedding_service.service_logs import log_event
 from embedding_service.traffic import Tally
 from embedding_service.versions import Serving, VersionStore
@@ -42,6 +43,12 @@ class Loaded:
     tally: Tally = field(default_factory=Tally)
     in_flight: int = 0
     retired: bool = False
+
+    @property
+    def selective(self) -> SelectiveRetriever:
+        """Every version that is served has one; tests of the API alone do without."""
+        assert self.api.selective is not None
+        return self.api.selective
 
     def leave(self) -> None:
         """One request less; called from the event loop, as is `enter`."""
@@ -141,6 +148,17 @@ class LiveVersions:
                 if str(error) != self.problem:
                     logger.error("%s", error)
                 self.problem = str(error)
+
+    def tally_of(self, version: str) -> Tally | None:
+        """What is counted here of a version, which another process may have answered with; None for an unknown one.
+
+        May look at files.
+        """
+        if version not in self.tallies and self._store is not None:
+            with contextlib.suppress(ArtifactError):
+                self._store.folder(version)
+                self.tallies.setdefault(version, Tally())
+        return self.tallies.get(version)
 
     def all_counts(self) -> dict[str, list[dict[str, Any]]]:
         """Per version the tallies' counts of all processes, this one's as of now."""

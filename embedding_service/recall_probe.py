@@ -57,7 +57,7 @@ class Probed:
 
     def to_document(self) -> dict[str, Any]:
         figures = {"recall": round(self.recall, 4), "half_width": round(self.half_width, 4), "measured": self.measured}
-        return {"k": self.k, **figures, "num_queries": len(self.recalls)}
+        return {"k": self.k, **figures, "num_queries": len(self.recalls), "low": self.is_low}
 
 
 class RecallProbe:

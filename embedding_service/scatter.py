@@ -72,6 +72,10 @@ class Scatter:
     def num_shards(self) -> int:
         return len(self._sends)
 
+    def lost_of(self, version: str) -> dict[int, str]:
+        """The shards that do not answer for a version now, and why."""
+        return {number: reason for (number, of), reason in sorted(self.lost.copy().items()) if of == version}
+
     def load(self, version: str) -> None:
         """Have all shards load a version. Raises ArtifactError, naming the shard, where one cannot."""
         self._wait(self._load_all(version))

@@ -17,7 +17,7 @@ from embedding_service.http_artifact import check_servable
 from embedding_service.http_schema import Limits
 from embedding_service.index_plan import MAX_SHARDS
 from embedding_service.index_shards import shards_of
-from embedding_service.service_logs import LogFormat
+from embedding_service.service_logs import LogFormat, LogLevel
 from embedding_service.versions import VersionStore
 
 MAX_ONGOING = 128  # requests in a replica at a time
@@ -69,11 +69,13 @@ class ServiceArgs(_Args):
     token_file: str = Field("", description="one line, on every node; else the environment variable LEXSHARD_TOKEN")
     read_token_file: str = Field("", description="the same for reading; else LEXSHARD_READ_TOKEN, else reading is open")
     feedback_token_file: str = Field("", description="for feedback; else LEXSHARD_FEEDBACK_TOKEN, else as for reading")
+    runs: str = Field("", description="folder, on every node, whose runs POST /v1/exports may name; empty: none")
     admit_seconds: float = Field(1800.0, gt=0.0, description="within which a version must be checked and judged")
     gates: GateArgs = GateArgs()
     probe_seconds: float = Field(60.0, ge=0.0, description="between two looks at the live indexes' recall; 0: none")
     probe_margin: float = Field(0.05, ge=0.0, le=1.0, description="warn where it is so far below the export's figure")
     log_format: LogFormat = Field("text", description="of a line in the log: for people, or json")
+    log_level: LogLevel = Field("info", description="of the least that is written: info has the events, too")
     log_file: str = Field("", description="on every node, where replicas append to; empty: stderr, in Ray's log folder")
     access_log: bool = Field(False, description="a line for each request")
     start: str = Field("", description="the version served where none was ever activated; found at deployment")
@@ -100,6 +102,9 @@ def checked_args(args: Mapping[str, Any], where: str = "args") -> ServiceArgs:
         path = ".".join([where, *map(str, first["loc"])])
         known = f"; known are {', '.join(ServiceArgs.model_fields)}" if first["type"] == "extra_forbidden" else ""
         raise SettingError(path, f"{first['msg']}{known}; got {first['input']!r}") from None
+    if settings.access_log and settings.log_level != "info":
+        message = f"{where}.log_level = {settings.log_level} leaves its lines out: set info"
+        raise SettingError(f"{where}.access_log", message)
     if 0 < settings.max_replicas < settings.replicas:
         raise SettingError(
             f"{where}.max_replicas",
@@ -117,7 +122,7 @@ def store_of(artifact: str) -> VersionStore | None:
 def begin_with(settings: ServiceArgs) -> ServiceArgs:
     """The settings with an absolute path and with `start`, so that all replicas begin with the same version.
 
-    Raises ArtifactError if the version that will be live is not there or cannot be served.
+    Raises ArtifactError if the version that will be live is not there or cannot be served, SettingError (serve.runs).
     """
     path = Path(settings.artifact).absolute()
     artifact = Artifact.open(path, verify=False)
@@ -126,7 +131,10 @@ def begin_with(settings: ServiceArgs) -> ServiceArgs:
     if store is not None and state is not None:
         artifact = Artifact.open(store.folder(state.live), verify=False)
     check_servable(artifact)
+    if settings.runs and not Path(settings.runs).is_dir():
+        raise SettingError("serve.runs", f"{settings.runs}: there is no such folder; name the one that runs lie below")
     if settings.shards:
         for name in artifact.manifest["indexes"]:
             shards_of(artifact, name, 0, settings.shards)
-    return settings.model_copy(update={"artifact": str(path), "start": artifact.path.name})
+    runs = {"runs": str(Path(settings.runs).absolute())} if settings.runs else {}
+    return settings.model_copy(update={"artifact": str(path), "start": artifact.path.name} | runs)

@@ -5,6 +5,7 @@
 Events of the service, besides warnings and errors, which have a "message" in the place of an event's fields:
 
     published activated refused canary_started canary_ended rolled_back removed     what somebody asked for
+    export_began export_published export_failed export_interrupted
     serving                                                this replica now answers with another version, or begins
     recall_low recall_recovered                            the probe of the live index (`recall_probe`)
     overload_began overload_ended                          requests are answered with 503, and no more
@@ -25,6 +26,7 @@ from typing import Any, Literal
 from cluster.errors import SettingError
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["info", "warning"]
 LOGGERS = ("embedding_service", "cluster")
 
 
@@ -51,8 +53,10 @@ class JsonLines(logging.Formatter):
         return json.dumps(line | {"pid": os.getpid()}, default=str)
 
 
-def configure_logs(log_format: LogFormat = "text", file: str = "") -> logging.Handler:
+def configure_logs(log_format: LogFormat = "text", file: str = "", level: LogLevel = "info") -> logging.Handler:
     """Write this process's events, warnings and errors to `file`, else to stderr. Returns what writes them.
+
+    level: `warning` leaves events out that are no warnings.
 
     A file that is moved away, as logrotate does, is begun anew; several processes may append to one. Raises
     SettingError (serve.log_file) if it cannot be written.
@@ -65,7 +69,7 @@ def configure_logs(log_format: LogFormat = "text", file: str = "") -> logging.Ha
     handler.setFormatter(JsonLines() if log_format == "json" else text)
     for name in LOGGERS:
         logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
+        logger.setLevel(level.upper())
         logger.addHandler(handler)
         logger.propagate = False
     return handler

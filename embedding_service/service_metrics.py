@@ -17,6 +17,7 @@ from cluster.metrics import Distribution, Metric, Sample
 from embedding_service.instruments import BOUNDS_SECONDS, Instruments, Timing
 from embedding_service.live_versions import LiveVersions, Loaded
 from embedding_service.recall_probe import RecallProbe
+from embedding_service.scatter import Scatter
 from embedding_service.service_logs import log_event
 from embedding_service.versions import VersionStore
 
@@ -36,6 +37,7 @@ METRICS = (
     Metric("lexshard_unknown_keys", "counter", "item keys that queries named and the version does not have"),
     Metric("lexshard_live", "gauge", "1 for the version that is live in this replica", ("version",)),
     Metric("lexshard_canary_share", "gauge", "share of the callers that the canary answers", ("version",)),
+    Metric("lexshard_lost_shards", "gauge", "shards of the indexes that do not answer this replica", ("version",)),
     Metric("lexshard_version_problem", "gauge", "1 while the replica is not where the versions' state wants it"),
     Metric("lexshard_index_bytes", "gauge", "an index in memory", _PER_INDEX),
     Metric(
@@ -58,9 +60,12 @@ class ServiceMetrics:
         store: VersionStore | None,
         probe: RecallProbe | None = None,
         *,
+        scatter: Scatter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """scatter: the processes that hold the indexes, if this one does not."""
         self._instruments, self._versions, self._store, self._probe = instruments, versions, store, probe
+        self._scatter = scatter
         self._overload = Overload(instruments, clock)
         self._gates: dict[str, list[dict[str, Any]]] = {}
 
@@ -96,6 +101,7 @@ class ServiceMetrics:
         version = loaded.version
         yield Sample("lexshard_in_flight", (version,), loaded.in_flight)
         yield Sample("lexshard_waiting", (version,), loaded.api.num_waiting)
+        yield Sample("lexshard_lost_shards", (version,), len(self._scatter.lost_of(version)) if self._scatter else 0)
         if loaded.api.selective is not None:
             for index, entry in loaded.api.selective.retriever.artifact.manifest["indexes"].items():
                 yield Sample("lexshard_index_bytes", (version, index), entry["bytes"])

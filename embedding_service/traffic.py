@@ -57,11 +57,17 @@ class Tally:
             self.answered += 1
         self._buckets[bisect_right(_BOUNDS_SECONDS, seconds)] += 1
 
-    def note_click(self, request_id: str, key: Hashable) -> None:
-        """A click on an item of an answer, which counts once; the first one on each request makes it a clicked one."""
-        if self._first((request_id, key)):
-            self.clicks += 1
-            self.clicked += self._first(request_id)
+    def note_click(self, request_id: str, key: Hashable) -> bool:
+        """A click on an item of an answer, which counts once; the first one on each request makes it a clicked one.
+
+        Whether it counts: false where it is among the last that were noted. That the request was answered is taken on
+        trust: any process may be told of it, and none knows what the others have answered.
+        """
+        if not self._first((request_id, key)):
+            return False
+        self.clicks += 1
+        self.clicked += self._first(request_id)
+        return True
 
     def _first(self, seen: Hashable) -> bool:
         """Whether this was not among the last ones seen; now it is."""

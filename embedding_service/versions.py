@@ -6,6 +6,7 @@
                     admission.json     the activation that runs, or the last one and how it ended
                     verdicts/<version>.json   what the gates measured before the version went live
                     replicas/<process>.json   what each replica serves; it holds a lock beside it as long as it lives
+                    exports/          what is known of exports (see `export_records`)
 
 A replica that is started, or started again, reads the state; all look at it several times a second (`LiveVersions`).
 Nothing here depends on Ray: the state outlives replicas, the controller and the cluster. Where there is none yet, the

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
-from cluster.console import table
+from cluster.console import Event, table
 from cluster.errors import ArtifactError, LexshardError
 from embedding_service.http_client import ask
 from embedding_service.versions import VersionStore
 
+_ENDED = {"failed": "has failed", "interrupted": "was interrupted"}
+_LOOK_SECONDS = 1.0  # between two looks at an export
 _WAIT_SECONDS = 30.0  # per request; then it is asked again how it goes
 
 Told = tuple[dict[str, Any], list[str]]
@@ -37,6 +40,9 @@ def listing(service: str, *, token_file: str = "") -> Told:
     lines = table(heads, rows).splitlines()
     if told["here"]["problem"]:
         lines.append(f"problem: {told['here']['problem']}")
+    for lost in told["here"].get("lost_shards", []):
+        of = f"shard {lost['shard']} of {told['here']['num_shards']}"
+        lines.append(f"problem: {of}, version {lost['version']}, {lost['reason']}; it is started again by itself")
     return told, lines
 
 
@@ -47,6 +53,38 @@ def publish(where: str, source: str, *, token_file: str = "") -> Told:
     else:
         told = {"version": VersionStore(where).publish_copy(source)}
     return told, [told["version"]]
+
+
+def export(service: str, run: str, *, activate: bool, token_file: str = "", on_event: Callable[[Event], None]) -> Told:
+    """Have a run below the service's serve.runs exported, and wait for it; with `activate` it is to go live then.
+
+    on_event: told of progress, as `trainers.export.export_run` tells. Interrupted, the export goes on without its
+    listener. Raises LexshardError with the reason where it fails or is refused.
+    """
+    told = ask(service, "POST", "/v1/exports", {"run": run, "activate": activate}, token_file=token_file)
+    said = None
+    while told["state"] == "running" or (told["activation"] or {}).get("state") == "checking":
+        activating = told["state"] != "running"
+        text = f"{told['message']}{'; the gates judge it' if activating else ''}"
+        if (told["share"], text) != said:
+            said = told["share"], text
+            on_event(_event(told, text))
+        time.sleep(_LOOK_SECONDS)
+        told = ask(service, "GET", f"/v1/exports/{told['id']}", token_file=token_file)
+    if told["state"] != "published":
+        raise LexshardError(f"the export of {run} {_ENDED[told['state']]}: {told['message']}")
+    activation = told["activation"] or {"state": "", "reason": ""}
+    if activation["state"] not in ("", "live"):
+        how = f"{activation['state']}: {activation['reason'] or 'GET /v1/versions tells more'}"
+        raise ArtifactError(f"version {told['version']} was published, and its activation is {how}")
+    return told, [told["version"]]
+
+
+def _event(record: dict[str, Any], text: str) -> Event:
+    if record["share"] is None:
+        return {"kind": "note", "text": text}
+    shards = f"shard {record['shards_done']} of {record['num_shards']}: " if record["num_shards"] else ""
+    return {"kind": "progress", "share": record["share"], "text": shards + text}
 
 
 def change(service: str, action: str, version: str, *, share: float | None, force: bool, token_file: str = "") -> Told:

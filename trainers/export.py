@@ -59,19 +59,22 @@ def export_run(
     out: str | Path = "",
     which: str = "best",
     overrides: Sequence[str] = (),
+    current: bool = True,
     on_event: Any = None,
 ) -> Path:
     """Publish the run's checkpoint (`best` or `last`) as a new version below `out` (empty: `<run>/artifacts`).
 
-    Settings are the run's, with `overrides` (`export.precision=int8`...). `on_event` is called with {"kind": "note",
-    "text"} and {"kind": "progress", "share", "text"}, in this thread. Returns the version's folder. Killed, it is to be
-    called again: what was done is kept. Raises LexshardError.
+    Settings are the run's, with `overrides` (`export.precision=int8`...). `current`: make it the current version there,
+    which a service begins with. `on_event` is called with {"kind": "note", "text"} and {"kind": "progress", "share",
+    "text"}, which have "shards_done" and "num_shards" while vectors are made, in this thread. Returns the version's
+    folder. Killed, it is to be called again: what was done is kept. Raises LexshardError.
     """
     folder = Path(run)
     if not (folder / "config.toml").exists():
         raise CheckpointError(f"{run} is not a run of `lexshard train`: it has no config.toml")
     config = load_config(folder / "config.toml", [*overrides, f"run={folder}"])
-    settings = {"config": config_to_dict(config), "out": str(out or folder / "artifacts"), "which": which}
+    where = {"out": str(out or folder / "artifacts"), "current": current}
+    settings = {"config": config_to_dict(config), "which": which, **where}
     return Path(launch(_export, settings, workers=1, engine="inline", storage=str(folder), on_event=on_event))
 
 
@@ -104,7 +107,7 @@ def _export(settings: dict[str, Any]) -> str:
             attributes=_attributes(prepared),
             seed=config.train.seed,
         )
-        return str(writer.publish(lineage=lineage, figures=_figures(config)))
+        return str(writer.publish(lineage=lineage, figures=_figures(config), current=settings["current"]))
 
 
 def _side_files(config: Config) -> list[tuple[str, str]]:
@@ -201,8 +204,10 @@ def _write_vectors(writer: ArtifactWriter, model: Model, config: Config, shared:
     sets = [whole for name in in_pieces for whole in _stored_sets(model, name, config)]
     pieces = [piece for whole in sets for piece in cut(whole, export_shards.PIECE_ROWS)]
     todo = [piece for piece in pieces if not is_done(piece, work)]
+    shards = {"shards_done": len(pieces) - len(todo), "num_shards": len(pieces)}
     if len(todo) < len(pieces):
-        report({"kind": "note", "text": f"{len(pieces) - len(todo)} of {len(pieces)} shards are done and sound"})
+        text = f"{shards['shards_done']} of {len(pieces)} shards are done and sound"
+        report({"kind": "note", "text": text, **shards})
     total = sum(whole.stop for whole in sets)
     done = total - sum(piece.stop - piece.start for piece in todo)
     for i, _ in run_tasks(
@@ -214,7 +219,8 @@ def _write_vectors(writer: ArtifactWriter, model: Model, config: Config, shared:
         address=config.cluster.address,
     ):
         done += todo[i].stop - todo[i].start
-        _progress(f"{done:,} of {total:,} vectors", done / total)
+        shards["shards_done"] += 1
+        _progress(f"{done:,} of {total:,} vectors", done / total, **shards)
     for name in in_pieces:
         for whole, sink in _sinks(writer, model, name, config):
             for piece in cut(whole, export_shards.PIECE_ROWS):
@@ -346,8 +352,8 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def _progress(text: str, share: float) -> None:
-    report({"kind": "progress", "share": share, "text": text})
+def _progress(text: str, share: float, **more: int) -> None:
+    report({"kind": "progress", "share": share, "text": text, **more})
 
 
 def _attributes(prepared: Prepared) -> dict[str, tuple[Codes, list[str]]]:

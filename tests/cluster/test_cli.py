@@ -91,6 +91,7 @@ def test_config_shows_what_is_in_force(capsys: pytest.CaptureFixture[str], tmp_p
         (["export", ".", "--to", "parquet", "--out", "x", "--index", "Flat"], "--index: has no effect with --to"),
         (["export", ".", "--to", "parquet", "--out", "x", "--set", "export.index=Flat"], "--set: has no effect with"),
         (["export", "run", "--vectors", "item"], "--vectors: is for --to"),
+        (["export", ".", "--to", "parquet", "--out", "x", "--keep-current"], "--keep-current: has no effect with --to"),
         (["serve", "published", "--port", "0"], "serve.port: must be in [1, 65535]; got 0"),
         (["demo", "--port", "0"], "serve.port: must be in [1, 65535]; got 0"),
         (["serve", "published", "--replicas", "0"], "serve.replicas: must be at least 1; got 0"),
@@ -290,6 +291,25 @@ def test_train_passes_the_settings_on(
         "best recall@20 0.2500, after epoch 2",
         "next: lexshard export runs/x",
     ]
+
+
+def test_an_export_for_programs_is_a_json_object_per_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def export_run(run: str, *, on_event: Any, **options: Any) -> Path:
+        seen.update(options)
+        on_event({"kind": "progress", "share": 0.5, "text": "half", "shards_done": 1, "num_shards": 2})
+        return tmp_path / "versions" / "v1"
+
+    monkeypatch.setattr("trainers.export.export_run", export_run)
+    (tmp_path / "config.toml").write_text("")
+    assert cli.main(["export", str(tmp_path), "--json", "--keep-current", "--which", "last"]) == 0
+    assert seen == {"out": "", "which": "last", "overrides": [], "current": False}
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert told[0]["shards_done"] == 1
+    assert told[1:] == [{"kind": "published", "version": "v1", "path": str(tmp_path / "versions" / "v1")}]
 
 
 def test_train_tells_of_rows_that_were_left_out(

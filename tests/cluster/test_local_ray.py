@@ -5,7 +5,10 @@ import signal
 import subprocess
 import sys
 
-from cluster.local_ray import end_processes
+import pytest
+from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+from cluster.local_ray import end_processes, print_plainly
 
 
 def _sleeper(mark: str, code: str = "pass") -> subprocess.Popen[str]:
@@ -35,3 +38,20 @@ def test_only_processes_with_the_mark_are_ended() -> None:
 
 def test_nothing_to_end() -> None:
     end_processes("LEXSHARD_TEST", "nobody")
+
+
+def test_lines_of_chosen_actors_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefix and the notes of repetitions stay with the others; one line is printed once."""
+    monkeypatch.setattr(dispatcher, "handlers", [("ray_print_logs", lambda data: print("by Ray itself"))])
+    monkeypatch.setenv("RAY_COLOR_PREFIX", "0")
+    print_plainly("ServeReplica:")
+    about = {"pid": 17, "ip": "127.0.0.1", "localhost": "127.0.0.1", "is_err": True, "job": "01"}
+    for pid in (17, 18):
+        dispatcher.emit({**about, "pid": pid, "actor_name": "ServeReplica:a:b", "lines": ["serving version=1"]})
+    dispatcher.emit({**about, "actor_name": "Other", "lines": ["of another kind"]})
+    dispatcher.emit({**about, "actor_name": "ServeReplica:a:b", "is_err": False, "lines": ["printed"]})
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == ["serving version=1", "serving version=1", "(Other pid=17) of another kind"]
+    assert printed.out == "printed\n"

@@ -33,8 +33,9 @@ class LocalService:
         read_token: bytes | None = None,
         gates: Gates = Gates(),  # noqa: B008 (frozen)
         access_log: bool = False,
+        runs: Path | None = None,
     ) -> None:
-        self._access_log = access_log
+        self._access_log, self._runs = access_log, "" if runs is None else str(runs)
         self.root, self.store = root, VersionStore(root)
         self._start, self._access, self._gates = start, Access(TOKEN, read_token), gates
         self.restart()
@@ -48,7 +49,9 @@ class LocalService:
             return http_api(artifact, LIMITS, overlay=overlay, instruments=self.instruments)
 
         self.versions = LiveVersions(self._start, open_version, self.store)
-        self.management = Management(self.versions, self.store, self._access, self._gates, admit_seconds=60.0)
+        self.management = Management(
+            self.versions, self.store, self._access, self._gates, admit_seconds=60.0, runs=self._runs
+        )
         self.app = HttpService(
             self.versions, self.management, self._access, self.instruments, access_log=self._access_log
         )
@@ -60,4 +63,5 @@ class LocalService:
         return ask(self.app, method, path, body, headers=sent)  # type: ignore[arg-type]
 
     def close(self) -> None:
+        self.management.close()
         self.versions.close()

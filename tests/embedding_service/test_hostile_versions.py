@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.errors import ArtifactError
 from cluster.storage import checksum
-from embedding_service import admission, http_management
+from embedding_service import activations, admission
 from embedding_service.faiss_header import check_index_file
 from embedding_service.gates import Gates
 from embedding_service.towers import TowerSpec
@@ -52,7 +52,7 @@ def service(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         except (OSError, ValueError) as error:
             raise ArtifactError(str(error)) from None
 
-    monkeypatch.setattr(http_management, "admit_apart", admit_here)
+    monkeypatch.setattr(activations, "admit_apart", admit_here)
     shutil.copytree(originals / "v-live", tmp_path / "root" / "v-live")
     running = LocalService(tmp_path / "root", "v-live")
     yield running

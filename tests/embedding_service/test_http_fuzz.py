@@ -29,7 +29,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
     shop = TowerInput("shop", "shop", "shop", DIM, encoder="mean")
     spec = TowerSpec((HISTORY, TowerInput("user", "user", "user", DIM), shop), DIM)
     publish(root, version="one", num_items=60, spec=spec, with_map=True)
-    running = LocalService(root, "one")
+    runs = tmp_path_factory.mktemp("runs")
+    (runs / "link").symlink_to(root)
+    running = LocalService(root, "one", runs=runs)
     yield running
     running.close()
 

@@ -83,3 +83,32 @@ def test_a_client_that_left_holds_up_nobody(pool: ThreadPoolExecutor) -> None:
         return int(await stays)
 
     assert asyncio.run(run()) == 4
+
+
+def test_a_loop_that_ended_before_its_turn_holds_up_no_other(pool: ThreadPoolExecutor) -> None:
+    turns = Turns(Squares(), lambda _: True, pool)
+    ended = asyncio.new_event_loop()
+    asking = ended.create_task(turns.ask("a", 2))
+    ended.call_soon(ended.stop)  # in the turn in which it asks
+    ended.run_forever()
+    ended.close()
+    assert not asking.done()
+    assert gather(turns, ("a", 3)) == [9]
+
+
+def test_loops_of_two_threads_wait_each_for_its_own_turn(pool: ThreadPoolExecutor) -> None:
+    squares, answers = Squares(), []
+    turns, both = Turns(squares, lambda _: True, pool), threading.Barrier(2)
+
+    async def ask(query: int) -> int:
+        asking = asyncio.get_running_loop().create_task(turns.ask("a", query))
+        asyncio.get_running_loop().call_soon(both.wait)  # after both have asked, before either is answered
+        return int(await asking)
+
+    threads = [threading.Thread(target=lambda query=query: answers.append(asyncio.run(ask(query)))) for query in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(answers) == [4, 9]
+    assert sorted(squares.batches) == [("a", [2]), ("a", [3])]

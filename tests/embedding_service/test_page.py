@@ -302,6 +302,14 @@ def test_light_and_dark(page: Any) -> None:
 
 LISTING = {
     "live": "v1", "previous": ["v0"], "canary": "v2", "share": 0.05, "admission": None,
+    "here": {"live": "v1", "recall": [
+        {"version": "v1", "index": "recommend", "k": 10, "recall": 0.9671, "half_width": 0.0124, "measured": 0.98,
+         "num_queries": 1256, "low": False},
+        {"version": "v1", "index": "similar", "k": 10, "recall": 0.8, "half_width": 0.02, "measured": 0.98,
+         "num_queries": 64, "low": True},
+        {"version": "v2", "index": "similar", "k": 10, "recall": 0.1, "half_width": 0.1, "measured": 0.98,
+         "num_queries": 5, "low": True},
+    ]},
     "versions": [
         {"version": "v0", "traffic": {"requests": 7, "p50_ms": None, "p99_ms": None, "ctr": None}},
         {"version": "v1", "traffic": {"requests": 1234, "p50_ms": 0.4, "p99_ms": 2.5, "ctr": 0.1, "ctr_low": 0.08,
@@ -326,6 +334,12 @@ def test_figures_of_the_version_and_a_roll_back_with_a_token(page: Any, service:
     sync_api.expect(cards).to_have_count(2)
     sync_api.expect(cards.first).to_contain_text("recall@10")
     sync_api.expect(cards.first).to_contain_text("target 0.950 met")
+    probed = {name: page.locator(f"#probed-{name}") for name in ("recommend", "similar")}
+    sync_api.expect(probed["recommend"]).to_have_text("0.967 ± 0.012 recall@10 now, on 1,256 recent queries")
+    low = "0.800 ± 0.020 recall@10 now, on 64 recent queries: less than was measured"
+    sync_api.expect(probed["similar"]).to_have_text(low)
+    sync_api.expect(probed["similar"]).to_have_class("bad")
+    sync_api.expect(cards.first.locator("#probed-recommend")).to_be_visible()
     rows = page.locator("#version-rows tr")
     sync_api.expect(rows.first).to_contain_text("v1live1,2340.400 ms2.50 ms10.0 % (8.0 to 12)1 of 2 missed")
     page.click("#roll-back")

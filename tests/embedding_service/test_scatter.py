@@ -16,15 +16,19 @@ import pyarrow as pa
 import pytest
 
 from cluster.errors import ArtifactError, ShardLost
+from cluster.metrics import Sample
 from embedding_service import shard_versions
 from embedding_service.artifact import Artifact
 from embedding_service.http_api import HttpApi
 from embedding_service.http_artifact import http_api
 from embedding_service.http_schema import ARROW_TYPE
+from embedding_service.instruments import Instruments
 from embedding_service.live_versions import LiveVersions
 from embedding_service.scatter import Scatter, noting_lost_shards
 from embedding_service.service_args import ServiceArgs
+from embedding_service.service_metrics import ServiceMetrics
 from embedding_service.shard_versions import ShardVersions
+from embedding_service.version_listing import VersionListing
 from embedding_service.versions import VersionStore
 from tests.embedding_service.artifacts import DIM, NUM_ITEMS, clustered, publish
 from tests.embedding_service.test_http_api import Reply, ask
@@ -148,6 +152,29 @@ def test_a_lost_shard_leaves_marked_answers_until_it_is_back(root: Path, holders
     holders[1].restart()
     until(lambda: "x-partial" not in arrow(api)[0].headers)
     assert ask(api, "GET", "/v1/similar?key=i0003&k=499").json == full
+
+
+def test_what_is_lost_is_listed_and_is_a_metric(root: Path, holders: list[Holder]) -> None:
+    scatter = scatter_over(holders)
+    versions = LiveVersions("one", lambda version, _: served(root, version, scatter), None)
+    listing = VersionListing(versions, None, scatter=scatter)
+    metrics = ServiceMetrics(Instruments(), versions, None, scatter=scatter)
+
+    def told() -> tuple[Any, float]:
+        here = listing.document()["here"]
+        assert here["num_shards"] == SHARDS
+        (sample,) = [one for one in metrics.samples() if one.metric == "lexshard_lost_shards"]
+        assert (sample.labels, type(sample)) == (("one",), Sample)
+        return here["lost_shards"], sample[2]
+
+    assert told() == ([], 0)
+    holders[1].state = "dead"
+    ask(versions.now.live.api, "GET", "/v1/similar?key=i0003")
+    reason = "failed (ConnectionError: has ended)"
+    assert told() == ([{"version": "one", "shard": 1, "reason": reason}], 1)
+    holders[1].restart()
+    until(lambda: told() == ([], 0))
+    versions.close()
 
 
 def test_or_errors_as_configured(root: Path, holders: list[Holder]) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from cluster.errors import SettingError
-from embedding_service import admission, http_management
+from embedding_service import activations, admission
 from embedding_service.gates import Gates
+from embedding_service.service_args import checked_args
 from embedding_service.service_logs import LOGGERS, configure_logs, log_event
 from tests.embedding_service.artifacts import publish
 from tests.embedding_service.services import TOKEN, LocalService
@@ -50,6 +51,21 @@ def test_an_event_is_one_json_object(log: Path) -> None:
     assert (second["level"], second["event"], second["recall"]) == ("WARNING", "recall_low", 0.25)
 
 
+def test_events_can_be_left_out_and_warnings_never_are(tmp_path: Path, log: Path) -> None:
+    handler = configure_logs("json", str(tmp_path / "warnings.log"), "warning")
+    try:
+        log_event(logger, "published", version="a")
+        log_event(logger, "recall_low", level=logging.WARNING)
+        logger.error("looking at versions failed")
+        assert [line["level"] for line in lines(tmp_path / "warnings.log")] == ["WARNING", "ERROR"]
+    finally:
+        for name in LOGGERS:
+            logging.getLogger(name).removeHandler(handler)
+        handler.close()
+    with pytest.raises(SettingError, match=r"args\.access_log: args\.log_level = warning leaves its lines out"):
+        checked_args({"artifact": "x", "access_log": True, "log_level": "warning"})
+
+
 def test_a_message_that_is_no_event(log: Path) -> None:
     try:
         raise OSError("no such disk")
@@ -82,7 +98,7 @@ def test_events_of_a_service_and_no_token(log: Path, tmp_path: Path, monkeypatch
     def admit_here(candidate: Path, live: Path | None, gates: Gates, *, timeout_seconds: float) -> object:
         return admission.admit(candidate, live, gates)
 
-    monkeypatch.setattr(http_management, "admit_apart", admit_here)
+    monkeypatch.setattr(activations, "admit_apart", admit_here)
     root = tmp_path / "root"
     for version in ("a", "b"):
         publish(root, version=version)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.metrics import Distribution, Sample
-from embedding_service import admission, http_management
+from embedding_service import activations, admission
 from embedding_service.gates import Gates
 from embedding_service.instruments import Instruments
 from embedding_service.recall_probe import RecallProbe
@@ -30,7 +30,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSe
     def admit_here(candidate: Path, live: Path | None, gates: Gates, *, timeout_seconds: float) -> object:
         return admission.admit(candidate, live, gates)
 
-    monkeypatch.setattr(http_management, "admit_apart", admit_here)
+    monkeypatch.setattr(activations, "admit_apart", admit_here)
     for version in ("a", "b"):
         publish(tmp_path, version=version)
     running = LocalService(tmp_path, "a")

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import ArtifactError, SettingError
-from embedding_service import admission, http_management, versions
+from embedding_service import activations, admission, version_listing, versions
 from embedding_service.artifact import Artifact
 from embedding_service.gates import Gates, judge
 from embedding_service.http_access import find_access
@@ -50,7 +50,7 @@ def service(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServic
     def admit_here(candidate: Path, live: Path | None, gates: Gates, *, timeout_seconds: float) -> object:
         return admission.admit(candidate, live, gates)
 
-    monkeypatch.setattr(http_management, "admit_apart", admit_here)
+    monkeypatch.setattr(activations, "admit_apart", admit_here)
     running = LocalService(root, "a")
     yield running
     running.close()
@@ -271,7 +271,7 @@ class TestGates:
         assert (ratio, passed) == (pytest.approx(expected), False)
 
     def test_cases_that_cannot_be_read_refuse(self, service: LocalService, tmp_path: Path) -> None:
-        service.management._gates = Gates(cases=str(tmp_path / "none.parquet"))
+        service.management.activations.gates = Gates(cases=str(tmp_path / "none.parquet"))
         reply = service.ask("POST", "/v1/versions/activate", {"version": "b", "wait_seconds": 60})
         assert reply.status == 409
         assert "none.parquet: needs list columns `history` and `items`" in reply.error[2]
@@ -337,9 +337,13 @@ class TestService:
         for _ in range(4):
             service.ask("GET", "/v1/recommend?items=i0001")
         click = {"version": "a", "request_id": "r1", "key": "i0002"}
-        for body in (click, click, {**click, "key": "i0003"}, click):  # a click that is told twice counts once
-            assert service.ask("POST", "/v1/feedback", body).status == 204
-        assert service.ask("POST", "/v1/feedback", {**click, "version": "zz"}).error[:2] == (404, "unknown_version")
+        told = [service.ask("POST", "/v1/feedback", body) for body in (click, click, {**click, "key": "i0003"}, click)]
+        assert {one.status for one in told} == {200}
+        assert [one.json["counted"] for one in told] == [True, False, True, False]  # a click that is told twice
+        for version in ("zz", "../a", "incoming"):
+            reply = service.ask("POST", "/v1/feedback", {**click, "version": version})
+            assert reply.error[:2] == (404, "unknown_version")
+        assert service.ask("POST", "/v1/feedback", {**click, "version": "b"}).json["counted"]  # of another replica, say
         traffic = service.ask("GET", "/v1/versions").json["versions"][0]["traffic"]
         assert (traffic["ctr"], traffic["clicks"], traffic["answered"]) == (0.25, 2, 4)
 
@@ -371,7 +375,7 @@ class TestService:
     def test_a_replica_that_does_not_flip_is_told_with_its_reason(
         self, service: LocalService, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(http_management, "FLIP_SECONDS", 0.1)
+        monkeypatch.setattr(activations, "FLIP_SECONDS", 0.1)
         behind = {"live": "a", "canary": "", "sequence": 0, "problem": "out of memory"}
         handle = service.store.take_place("0a")
         service.store.note_place("0a", behind)
@@ -393,7 +397,7 @@ class TestService:
             read.append(version)
             return parse_manifest(text, version)
 
-        monkeypatch.setattr(http_management, "parse_manifest", parse)
+        monkeypatch.setattr(version_listing, "parse_manifest", parse)
         first = service.ask("GET", "/v1/versions").json["versions"]
         assert read == ["a", "b", "c", "d"]
         file = service.root / "b" / "manifest.json"
@@ -527,7 +531,7 @@ class TestAccess:
     def test_feedback_with_a_token_of_its_own(self, root: Path) -> None:
         service = LocalService(root, "a", read_token=b"the-token-of-readers")
         click = {"version": "a", "request_id": "r1", "key": "i0002"}
-        assert service.ask("POST", "/v1/feedback", click, token=b"the-token-of-readers").status == 204
+        assert service.ask("POST", "/v1/feedback", click, token=b"the-token-of-readers").status == 200
         access = service.management._access
         service.management._access = dataclasses.replace(access, feedback=b"the-token-of-clicks")
         assert service.ask("POST", "/v1/feedback", click, token=b"the-token-of-readers").error[:2] == (
@@ -535,7 +539,7 @@ class TestAccess:
             "token_required",
         )
         for token in (b"the-token-of-clicks", TOKEN):
-            assert service.ask("POST", "/v1/feedback", click, token=token).status == 204
+            assert service.ask("POST", "/v1/feedback", click, token=token).status == 200
         assert service.ask("GET", "/v1/versions", token=b"the-token-of-clicks").status == 401
         service.close()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import main
+from cluster.console import line_of
 from cluster.errors import ArtifactError, LexshardError
 from embedding_service import http_client, versions_client
 from embedding_service.traffic import Tally, figures
@@ -40,14 +41,17 @@ def test_a_table_of_versions(asked: list[Any]) -> None:
     tally = Tally()
     tally.note(200, 0.001, recommends=True)
     about = {"num_items": 1000, "gates": [FIGURE], "traffic": figures([tally.counts()])}
-    here = {"live": "v1", "canary": None, "problem": "disk full"}
+    lost = [{"version": "v1", "shard": 1, "reason": "does not answer within 5 s"}]
+    here = {"live": "v1", "canary": None, "problem": "disk full", "num_shards": 3, "lost_shards": lost}
     versions = [{"version": "v1", **about}, {"version": "v2", **about, "gates": None}]
     ANSWERS[:] = [{"live": "v1", "canary": "v2", "share": 0.25, "here": here, "versions": versions}]
     _, lines = versions_client.listing("http://service")
     assert lines[1].split()[:5] == ["v1", "live", "1,000", "failed:", "coverage"]
     assert "canary, 25%" in lines[2]
     assert "0.0000 (0.0000-0.7935)" in lines[1]
-    assert lines[-1] == "problem: disk full"
+    assert lines[-2] == "problem: disk full"
+    lost_line = "problem: shard 1 of 3, version v1, does not answer within 5 s; it is started again by itself"
+    assert lines[-1] == lost_line
 
 
 def test_activation_waits_until_it_is_decided(asked: list[Any]) -> None:
@@ -68,6 +72,33 @@ def test_an_activation_that_some_replicas_do_not_follow(asked: list[Any]) -> Non
         versions_client.change("http://service", "activate", "v2", share=None, force=False)
 
 
+def test_an_export_is_followed_to_its_end(asked: list[Any]) -> None:
+    record = {"id": "0a", "state": "running", "message": "starting", "share": None, "num_shards": None, "version": None}
+    record |= {"activation": None}
+    halfway = {**record, "share": 0.5, "message": "60 of 120 vectors", "shards_done": 1, "num_shards": 2}
+    done = {**halfway, "state": "published", "message": "published as version v2", "share": 1.0, "version": "v2"}
+    checking = {**done, "activation": {"state": "checking"}}
+    heard: list[Any] = []
+
+    def export(activate: bool) -> list[str]:
+        heard.clear()
+        return versions_client.export("http://service", "clicks", activate=activate, on_event=heard.append)[1]
+
+    ANSWERS[:] = [record, halfway, halfway, done]
+    assert export(False) == ["v2"]
+    assert [line_of(event) for event in heard] == ["starting", " 50.0%  shard 1 of 2: 60 of 120 vectors"]
+    assert asked[:2] == [("POST", "/v1/exports", {"run": "clicks", "activate": False}), ("GET", "/v1/exports/0a", None)]
+    ANSWERS[:] = [record, checking, {**done, "activation": {"state": "live", "reason": ""}}]
+    assert export(True) == ["v2"]
+    assert line_of(heard[-1]) == "100.0%  shard 1 of 2: published as version v2; the gates judge it"
+    ANSWERS[:] = [record, {**record, "state": "failed", "message": "clicks has no checkpoint yet"}]
+    with pytest.raises(LexshardError, match="the export of clicks has failed: clicks has no checkpoint yet"):
+        export(False)
+    ANSWERS[:] = [{**done, "activation": {"state": "refused", "reason": "gate coverage: 0.6"}}]
+    with pytest.raises(ArtifactError, match="version v2 was published, and its activation is refused: gate coverage"):
+        export(True)
+
+
 def test_a_roll_back_names_what_it_leaves(asked: list[Any]) -> None:
     ANSWERS[:] = [{"live": "v2"}, {"live": "v1"}]
     assert versions_client.change("http://service", "rollback", "", share=None, force=False)[1] == ["live: v1"]
@@ -85,6 +116,10 @@ def test_publishing_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "setting VERSION: is needed: lexshard versions http://127.0.0.1:9 activate" in capsys.readouterr().err
     assert main(["versions", "http://127.0.0.1:9", "activate", "--share", "0"]) == 2
     assert "setting VERSION: is needed" in capsys.readouterr().err
+    assert main(["versions", "http://127.0.0.1:9", "export"]) == 2
+    assert "setting RUN: is needed: lexshard versions http://127.0.0.1:9 export" in capsys.readouterr().err
+    assert main(["versions", "http://127.0.0.1:9", "remove", "v1", "--activate"]) == 2
+    assert "--activate: is for export, not for remove" in capsys.readouterr().err
     assert main(["versions", "http://127.0.0.1:9"]) == 2
     assert "http://127.0.0.1:9 does not answer as a lexshard service" in capsys.readouterr().err
 

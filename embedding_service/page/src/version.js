@@ -1,4 +1,4 @@
-// What the manifest says of the live version, and the versions beside it where the service has several.
+// What the manifest says of the live version, what its probe finds, and the versions beside it where there are several.
 import { byId, bytes, count, element, graphic } from "./dom.js";
 import { ask, change, hasToken, setToken } from "./service.js";
 
@@ -32,8 +32,21 @@ function drawIndex([name, index]) {
     element("h3", { textContent: INDEX_NAMES[name] ?? name }),
     element("p", { className: "figure" }, element("strong", { textContent: share(recall.value) }), ` recall@${recall.k}`),
     element("p", { className: recall.met ? "good" : "bad", textContent: `target ${share(recall.target)} ${recall.met ? "met" : "missed"}` }),
+    element("p", { id: `probed-${name}`, hidden: true }),
     element("dl", {}, ...facts.map(drawFact)),
     index.curve?.length ? drawCurve(index) : null);
+}
+
+// What the service finds on the queries that it is asked, beside what the export has measured.
+function drawProbed({ here }) {
+  for (const found of here?.recall ?? []) {
+    const line = byId(`probed-${found.index}`);
+    if (!line || found.version !== here.live) continue;
+    line.replaceChildren(element("strong", { textContent: share(found.recall) }),
+      ` ± ${found.half_width.toFixed(3)} recall@${found.k} now, on ${count(found.num_queries)} recent queries${found.low ? ": less than was measured" : ""}`);
+    line.className = found.low ? "bad" : "";
+    line.hidden = false;
+  }
 }
 
 // Recall against microseconds of a query, the latter on a logarithmic scale.
@@ -77,6 +90,7 @@ export async function drawVersions(onChange) {
     return;
   }
   byId("versions").hidden = false;
+  drawProbed(listing);
   const { versions, live, canary, previous, admission } = listing;
   const back = byId("roll-back");
   back.hidden = !previous.length;
