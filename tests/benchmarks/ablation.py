@@ -5,8 +5,8 @@
 
 Every run is the recipe of deploy/recipes/ for fewer epochs, with `data.holdout` holding out the validation cases and
 `train.seed` choosing these, the order and the tables. Test data are not read. Runs are processes of one thread, one on
-each core; all changes with one seed come before the next seed, and none is begun after `--minutes`. With `--folder` runs
-are kept there, and a further call goes on behind them.
+each core; all changes with one seed come before the next seed, and none is begun after `--minutes`. With `--folder`
+runs are kept there, and a further call goes on behind them.
 
     base      the recipe: mean and standard deviation of the metric over seeds
     effect    mean over seeds of (changed - base), both with the same seed and so the same validation cases
