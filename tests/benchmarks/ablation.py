@@ -1,10 +1,12 @@
 """What each choice of a two-tower recipe adds: the recipe with one thing changed, on validation data.
 
-    python -m tests.benchmarks.ablation [--dataset gowalla|diginetica] [--seeds 3] [--epochs 2] [--minutes 28] [--quick]
+    python -m tests.benchmarks.ablation [--dataset gowalla|diginetica] [--seeds 3] [--epochs 2] [--minutes 28]
+                                         [--folder DIR] [--quick]
 
 Every run is the recipe of deploy/recipes/ for fewer epochs, with `data.holdout` holding out the validation cases and
 `train.seed` choosing these, the order and the tables. Test data are not read. Runs are processes of one thread, one on
-each core; all changes with one seed come before the next seed, and none is begun after `--minutes`.
+each core; all changes with one seed come before the next seed, and none is begun after `--minutes`. With `--folder`
+runs are kept there, and a further call goes on behind them.
 
     base      the recipe: mean and standard deviation of the metric over seeds
     effect    mean over seeds of (changed - base), both with the same seed and so the same validation cases
@@ -25,6 +27,8 @@ import statistics
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from tests.benchmarks.recipes import RECIPES, progress, train_recipe
@@ -72,24 +76,47 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=28.0)
+    parser.add_argument("--folder", type=Path, help="where runs are kept from call to call")
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch")
     arguments = parser.parse_args()
     seeds, epochs = (1, 1) if arguments.quick else (arguments.seeds, arguments.epochs)
     datasets = arguments.dataset or sorted(METRICS)
     jobs = [(seed, *job) for seed in range(seeds) for dataset in datasets for job in variants(dataset)]
     began = time.monotonic()
+    kept = Kept(arguments.folder, epochs)
 
     def run(job: Job) -> Run | None:
-        if time.monotonic() - began > 60 * arguments.minutes:
-            return None
-        found = measure(*job, epochs)
-        progress(f"{time.monotonic() - began:.0f} s: {' / '.join(map(str, job))}: {found}")
+        found = kept.get(job)
+        if found is None and time.monotonic() - began < 60 * arguments.minutes:
+            found = measure(*job, epochs)
+            kept.put(job, found)
+            progress(f"{time.monotonic() - began:.0f} s: {' / '.join(map(str, job))}: {found}")
         return found
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         runs = dict(zip(jobs, pool.map(run, jobs), strict=True))
     result: dict[str, Any] = {dataset: table(dataset, seeds, runs) for dataset in datasets}
     print(json.dumps(result | {"epochs": epochs, "wall_seconds": round(time.monotonic() - began)}))
+
+
+class Kept:
+    """Runs that have been made, in a file if there is a folder."""
+
+    def __init__(self, folder: Path | None, epochs: int) -> None:
+        self._file = None if folder is None else folder / f"ablation.{epochs}.json"
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._found: dict[str, Run] = json.loads(self._file.read_text()) if self._file and self._file.exists() else {}
+        self._changing = Lock()
+
+    def get(self, job: Job) -> Run | None:
+        return self._found.get(" / ".join(map(str, job)))
+
+    def put(self, job: Job, run: Run) -> None:
+        with self._changing:
+            self._found[" / ".join(map(str, job))] = run
+            if self._file is not None:
+                self._file.write_text(json.dumps(self._found, indent=1))
 
 
 def variants(dataset: str) -> list[tuple[str, str, str]]:
