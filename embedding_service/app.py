@@ -61,7 +61,7 @@ _QUIET = {"log_level": "WARNING", "enable_access_log": False}  # an access log c
 MARK = "LEXSHARD_SERVICE"
 _START_SECONDS = 120.0
 _STOP_SECONDS = 20.0  # twice what a replica takes at most
-# Objects made between two searches for cyclic garbage, two hundred requests' worth: with Python's 700 they take 7 to 10 %
+# Objects made between two searches for cyclic garbage, two hundred requests' worth: with Python's 700 they take a tenth
 # of a busy replica's time. They find next to nothing, since all that lives long was frozen by Serve
 _GC_THRESHOLD = 20_000
 _CHECK_SECONDS = 0.5
