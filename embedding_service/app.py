@@ -93,6 +93,7 @@ def deployment_options(
     """
     environment = {
         "OMP_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",  # numpy's others spin for a while after each product, on cores that HAProxy needs
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_LOG_TO_STDERR": "1",  # warnings and errors only, see _QUIET
         **http_unwatched.ENVIRONMENT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import Executor
 
 import numpy as np
@@ -83,7 +84,9 @@ class Candidates:
         if self._index is None:
             return first_unseen(*exact_search(queries, self.vectors, wanted, metric=self._metric), seen, k)
         scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        shares = _shares(len(queries), self._threads, max(_SHARE, self.rows // _ROWS_PER_QUERY))
+        smallest = max(_SHARE, self.rows // _ROWS_PER_QUERY)
+        on_loop = asyncio._get_running_loop() is not None  # then it is a moment's work, and the loop holds up a helper
+        shares = _shares(len(queries), 1 if on_loop else self._threads, smallest)
         todo = iter(shares)
 
         def work() -> None:
@@ -118,6 +121,8 @@ class Candidates:
 
 def _shares(num: int, threads: int, smallest: int) -> list[slice]:
     """Large shares first, small ones last, so that all threads end together."""
+    if threads == 1:
+        return [slice(0, num)]
     shares, start = [], 0
     while start < num:
         size = max(smallest, (num - start) // (2 * threads))

@@ -16,11 +16,14 @@ import random
 import re
 from importlib.metadata import version
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+from embedding_service.http_one_write import OneWrite
 from embedding_service.instruments import Instruments
 
 if TYPE_CHECKING:
+    import asyncio
+
     from uvicorn._types import ASGI3Application
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -47,7 +50,7 @@ _BODY_BYTES = len(_BODY % b"")
 # What is relied on of uvicorn.protocols.http.httptools_impl, which promises none of it
 _NEEDED = {
     "HttpToolsProtocol": (
-        "data_received", "_start_asgi_task", "on_response_complete", "connection_lost",
+        "connection_made", "data_received", "_start_asgi_task", "on_response_complete", "connection_lost",
         "transport", "flow", "pipeline", "scope", "cycle",
     ),
     "RequestResponseCycle": ("scope", "more_body", "response_complete"),
@@ -77,12 +80,19 @@ def install(instruments: Instruments, limit: int) -> bool:
 
 
 def refusing_protocol(instruments: Instruments, limit: int) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol, one object of which is a connection, with refusals that are noted in `instruments`."""
+    """uvicorn's protocol, one object of which is a connection, with refusals that are noted in `instruments`.
+
+    What it answers goes out in one piece each (`http_one_write`).
+    """
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     answering: set[HttpToolsProtocol] = set()  # uvicorn's `tasks` hold those too that have just answered
 
     class RefusingProtocol(HttpToolsProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            self._one_write = OneWrite(transport)
+            super().connection_made(cast(Any, self._one_write))
+
         def data_received(self, data: bytes) -> None:
             if len(answering) >= limit and self._is_idle() and (whole := _WHOLE.fullmatch(data)):
                 route, request_id = whole.groups()
@@ -99,6 +109,7 @@ def refusing_protocol(instruments: Instruments, limit: int) -> type[HttpToolsPro
 
         def on_response_complete(self) -> None:
             answering.discard(self)
+            self._one_write.flush()
             super().on_response_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:

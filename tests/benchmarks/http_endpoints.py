@@ -40,8 +40,13 @@ def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def build_artifact(root: Path, num_items: int) -> Artifact:
-    """An artifact shaped as item2vec's: a pooled history as query, HNSW indexes over items (ip) and inputs (cosine)."""
+def build_artifact(
+    root: Path, num_items: int, *, queries: np.ndarray | None = None, recall_target: float = 0.95
+) -> Artifact:
+    """An artifact shaped as item2vec's: a pooled history as query, HNSW indexes over items (ip) and inputs (cosine).
+
+    The vectors are the same each time. The index over items reaches `recall_target` on `queries`, by default on items.
+    """
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((max(1, num_items // 50), DIM))
     vectors = centres[rng.integers(0, len(centres), num_items)] + 0.7 * rng.standard_normal((num_items, DIM))
@@ -54,9 +59,9 @@ def build_artifact(root: Path, num_items: int) -> Artifact:
         sink = writer.add_vectors(name, rows=num_items, dim=DIM, keys="item", precision="fp16")
         sink.write(0, vectors)
     writer.set_query_tower(spec, {})
-    options: dict[str, Any] = {"factory": "HNSW32", "recall_target": 0.95, "recall_k": K}
-    writer.add_index("recommend", vectors="item", metric="ip", **options)
-    writer.add_index("similar", vectors="input", metric="cosine", **options)
+    options: dict[str, Any] = {"factory": "HNSW32", "recall_k": K}
+    writer.add_index("recommend", vectors="item", metric="ip", queries=queries, recall_target=recall_target, **options)
+    writer.add_index("similar", vectors="input", metric="cosine", recall_target=0.95, **options)
     return Artifact.open(writer.publish(lineage={}, figures={}))
 
 

@@ -6,6 +6,7 @@ answer that is late does not keep the others back as long as there are more conn
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,7 @@ class Overload:
     """Per second: `offered` = `answered` (200) + `refused` (503 with Retry-After) + `others`.
 
     `others`, `broken` (connections) and `late` (unanswered within the timeout) are counts; latencies of all answers.
+    `client_cores`: how many of the machine's cores wrk itself took, which looks at every answer's status and headers.
     """
 
     offered: float
@@ -64,6 +66,7 @@ class Overload:
     p50_ms: float
     p99_ms: float
     max_ms: float
+    client_cores: float
 
     @property
     def is_orderly(self) -> bool:
@@ -75,6 +78,7 @@ def overload(
     address: str, requests: Sequence[Request], *, rate: float, connections: int, seconds: float, timeout_seconds: float
 ) -> Overload:
     """`rate` requests per second over at most `connections` connections. Needs wrk."""
+    before = _children_seconds()
     counted = run_wrk(
         address,
         requests,
@@ -95,4 +99,11 @@ def overload(
         p50_ms=counted["p50_us"] / 1e3,
         p99_ms=counted["p99_us"] / 1e3,
         max_ms=counted["max_us"] / 1e3,
+        client_cores=(_children_seconds() - before) / duration,
     )
+
+
+def _children_seconds() -> float:
+    """CPU of the child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

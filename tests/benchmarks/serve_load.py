@@ -1,6 +1,6 @@
 """The HTTP service under load, against a bare Ray Serve endpoint, in-process FAISS and a Chroma server, in one run.
 
-    python -m tests.benchmarks.serve_load [--seconds 3] [--rounds 3] [--chroma PATH] [--only overload]
+    python -m tests.benchmarks.serve_load [--seconds 3] [--rounds 3] [--chroma PATH] [--only overload|peer]
 
 HNSW over 100 k items; one replica, one machine: service, proxy and load generator share its cores. Rounds alternate
 between what is compared, and a figure is the median of its rounds.
@@ -12,8 +12,9 @@ between what is compared, and a figure is the median of its rounds.
                        received, over `search` of the same index with as many threads in this process
     overload_kept      answers (200) per second over the peak's, at twice the peak's rate of requests; null where
                        requests were lost or late, or the rate stayed below 1.6 peaks: `overload` says which
-    peer               POST of one query vector, JSON, to a Chroma server with the same vectors and to ours; in words
-                       where `chroma` (pip install chromadb, in an environment of its own) is not here
+    peer               POST of one query vector, JSON, to a Chroma server with the same vectors and to ours, tuned to
+                       its recall (`http_peer`); in words where `chroma` (pip install chromadb, in an environment of
+                       its own) is not here
 """
 
 from __future__ import annotations
@@ -24,16 +25,12 @@ import json
 import os
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from embedding_service.app import Service, serve_artifact
 from embedding_service.artifact import Artifact
-from embedding_service.exact import exact_search
-from embedding_service.retrieval import Retriever
-from tests.benchmarks.chroma_server import chroma_server, find_chroma
 from tests.benchmarks.http_endpoints import (
     DIM,
     Endpoint,
@@ -51,8 +48,9 @@ from tests.benchmarks.http_endpoints import (
     query_vectors,
     single_endpoints,
 )
-from tests.benchmarks.http_load import Request, client_name
+from tests.benchmarks.http_load import client_name
 from tests.benchmarks.http_overload import overload
+from tests.benchmarks.http_peer import measure_peer
 
 CONCURRENCY = (1, 32, 256)
 BULK = (1000, 10_000)
@@ -60,7 +58,6 @@ MAX_CONNECTIONS = 768  # twice what the service lets wait; wrk's own time grows 
 FLOOD_SECONDS = 15.0  # a replica takes in new connections one by one, so that the first seconds are slower
 MIN_OFFERED = 1.6  # of the peak, else it was not an overload: refusals that come late hold connections up
 TIMEOUT_SECONDS = 10.0
-RECALL_QUERIES = 200
 
 
 def main() -> None:
@@ -69,13 +66,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="per measurement")
     parser.add_argument("--chroma", default="chroma", help="the peer's program")
-    parser.add_argument("--only", choices=["overload"], help="that part alone; the last line has its keys")
+    parser.add_argument("--only", choices=["overload", "peer"], help="that part alone; the last line has its keys")
     args = parser.parse_args()
     threads = os.cpu_count() or 1
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         note(f"building HNSW over {args.items} x {DIM} synthetic clustered vectors")
         artifact = build_artifact(Path(folder), args.items)
+        options: dict[str, Any] = {"threads": threads, "rounds": args.rounds, "seconds": args.seconds}
+        compare_peer = partial(measure_peer, artifact, Path(folder) / "peer", args.chroma, **options)
+        if args.only == "peer":
+            print(json.dumps({"peer": compare_peer(), **conditions(artifact, load_before)}))
+            return
         note("starting the service")
         with serve_artifact(artifact.path, port=free_port(), threads=threads) as service:
             if args.only:
@@ -90,7 +92,7 @@ def main() -> None:
             singles = measure_in_turns(endpoints, CONCURRENCY, rounds=args.rounds, seconds=args.seconds)
             flood = measure_overload(endpoints["similar"], singles["similar"])
             bulk = measure_bulk(service, artifact, threads, args.rounds)
-            peer = measure_peer(service, artifact, args.chroma, args.rounds, args.seconds)
+        peer = compare_peer()
     bare, unwatched, ours = (singles[name]["c32"] for name in ("bare", "bare_unwatched", "similar"))
     result = {
         "single_over_bare": ours["requests_per_second"] / bare["requests_per_second"],
@@ -149,36 +151,6 @@ def measure_bulk(service: Service, artifact: Artifact, threads: int, rounds: int
         rates |= {f"{name}_{num}": num / taken for name, taken in seconds.items()}
     connection.close()
     return rates
-
-
-def measure_peer(
-    service: Service, artifact: Artifact, program: str, rounds: int, seconds: float
-) -> dict[str, Any] | str:
-    """Requests of one query vector each, to the peer and to ours, and recall@10 of both against exact search."""
-    found = find_chroma(program)
-    if found is None:
-        return f"skipped: there is no program {program!r} (pip install chromadb, in an environment of its own)"
-    queries = query_vectors(artifact, 2000)
-    ours = [Request("/v1/search", orjson.dumps({"vector": query.tolist(), "k": K})) for query in queries]
-    with chroma_server(found) as peer:
-        note(f"adding {artifact.vectors('item').rows} vectors to the peer")
-        for start, vectors in artifact.vectors("item").chunks(2000):
-            peer.add(start, vectors)
-        endpoints = {
-            "chroma": Endpoint(peer.address, [peer.request(query, K) for query in queries]),
-            "ours": Endpoint(service.address, ours),
-        }
-        loads: dict[str, Any] = dict(measure_in_turns(endpoints, CONCURRENCY[:2], rounds=rounds, seconds=seconds))
-        asked = queries[:RECALL_QUERIES]
-        truth = exact_search(asked, artifact.vectors("item"), K, metric="ip")[1]
-        rows = {
-            "chroma": [peer.rows(query, K) for query in asked],
-            "ours": Retriever(artifact).search(asked, K).rows.tolist(),
-        }
-    for name, answered in rows.items():
-        hits = sum(len(set(got) & set(best)) for got, best in zip(answered, truth.tolist(), strict=True))
-        loads[name]["recall"] = hits / truth.size
-    return loads
 
 
 if __name__ == "__main__":
