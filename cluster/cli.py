@@ -294,6 +294,7 @@ def _serve(args: Arguments) -> int:
         feedback_token_file=settings.feedback_token_file,
         gates=gates,
         metrics_port=settings.metrics_port,
+        grpc_port=settings.grpc_port,
         probe_seconds=settings.probe_seconds,
         probe_margin=settings.probe_margin,
         log_format=settings.log_format,
@@ -303,6 +304,7 @@ def _serve(args: Arguments) -> int:
     with service:
         print(
             f"serving {args.path} at {service.address} (documentation: {service.address}/docs); Ctrl-C stops",
+            *([f"gRPC (lexshard.v1.Retrieval) at {service.grpc_address}"] if service.grpc_address else []),
             f"metrics for Prometheus at {', '.join(service.metrics_addresses)}",
             sep="\n",
             flush=True,

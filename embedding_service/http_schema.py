@@ -224,12 +224,13 @@ class RequestModels:
             many["features"] = (_model("FeatureColumns", **columns) | None, Field(None, description=doc))
         self.recommend = Pair(_model("Recommend", **one, **options), _model("RecommendBatchRequest", **many, **options))
 
-    def parse(self, pair: Pair, body: bytes) -> Any:
-        """The checked model of a JSON body: `pair.batch` if it has a field that only a batch has, else `pair.single`.
+    def parse(self, pair: Pair, body: bytes | dict[str, Any]) -> Any:
+        """The checked model of a body, JSON or what it holds: `pair.batch` if it has a field that only a batch has,
+        else `pair.single`.
 
         Raises Problem 400, or 413 where a batch is larger than the limit.
         """
-        document = _json_object(body, pair.names)
+        document = _json_object(body, pair.names) if isinstance(body, bytes) else body
         return _checked(document, pair.single if pair.plurals.isdisjoint(document) else pair.batch)
 
     def parse_wished(self, given: Mapping[str, str]) -> Any:
