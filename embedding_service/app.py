@@ -338,7 +338,7 @@ class Service:
                         _metrics_export_port=self._metrics_port or None,
                         _system_config={"worker_niceness": 0},  # Ray's default of 15 is meant for batch work
                     )
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except Exception as error:  # also what Ray raises where its processes do not come up in time
                 raise LaunchError(
                     f"Ray could not be {'reached at ' + address if address else 'started'}: {error}"
                 ) from error

@@ -6,7 +6,7 @@ import http.client
 import ipaddress
 import json
 from typing import Any
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
@@ -36,6 +36,9 @@ def ask(service: str, method: str, path: str, body: Any = None, *, token_file: s
             where = str(error.headers.get("location"))[:300]
             raise LexshardError(f"{service} redirects to {where}; the token is not sent there: name that URL") from None
         raise LexshardError(f"{service} answered {error.code}: {_reason(error.read(2**20))}") from None
+    except URLError as error:
+        told = getattr(error.reason, "strerror", None) or error.reason
+        raise LexshardError(f"nothing answers at {service}: {told}; is `lexshard serve` running there?") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         problem = str(error) or type(error).__name__
         raise LexshardError(f"{service} does not answer as a lexshard service: {problem}") from None

@@ -86,7 +86,7 @@ def test_publishing_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["versions", "http://127.0.0.1:9", "activate", "--share", "0"]) == 2
     assert "setting VERSION: is needed" in capsys.readouterr().err
     assert main(["versions", "http://127.0.0.1:9"]) == 2
-    assert "http://127.0.0.1:9 does not answer as a lexshard service" in capsys.readouterr().err
+    assert "nothing answers at http://127.0.0.1:9: Connection refused; is `lexshard serve`" in capsys.readouterr().err
 
 
 def test_without_an_action_it_lists(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
