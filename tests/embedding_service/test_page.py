@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -326,6 +327,8 @@ def test_figures_of_the_version_and_a_roll_back_with_a_token(page: Any, service:
     sync_api.expect(cards).to_have_count(2)
     sync_api.expect(cards.first).to_contain_text("recall@10")
     sync_api.expect(cards.first).to_contain_text("target 0.950 met")
+    sync_api.expect(cards.first).to_contain_text(re.compile(r"A query alone\d+(\.\d+)? µs"))
+    sync_api.expect(cards.first.locator("svg")).to_have_count(0)  # of exact search there is one point
     rows = page.locator("#version-rows tr")
     sync_api.expect(rows.first).to_contain_text("v1live1,2340.400 ms2.50 ms10.0 % (8.0 to 12)1 of 2 missed")
     page.click("#roll-back")

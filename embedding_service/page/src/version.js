@@ -23,32 +23,36 @@ const drawFact = ([name, value]) => element("div", {}, element("dt", { textConte
 function drawIndex([name, index]) {
   const { recall } = index;
   const parameters = Object.entries(index.parameters).map(([key, value]) => `${key} ${value}`).join(", ");
+  const inUse = index.curve?.find((point) => settings(point) === settings(index));
   const facts = [
     ["Index", index.factory + (parameters ? `, ${parameters}` : "")], ["Metric", index.metric === "ip" ? "inner product" : "cosine"],
     ["Size", `${bytes(index.bytes)}, ${Math.round(index.bytes / index.rows)} B an item`], ["Built in", `${index.build_seconds.toPrecision(3)} s`],
     ["Measured on", `${count(recall.num_queries)} ${recall.queries} queries`],
+    ...(inUse ? [["A query alone", `${inUse.microseconds.toPrecision(3)} µs`]] : []),
   ];
   return element("article", { className: "card" },
     element("h3", { textContent: INDEX_NAMES[name] ?? name }),
     element("p", { className: "figure" }, element("strong", { textContent: share(recall.value) }), ` recall@${recall.k}`),
     element("p", { className: recall.met ? "good" : "bad", textContent: `target ${share(recall.target)} ${recall.met ? "met" : "missed"}` }),
     element("dl", {}, ...facts.map(drawFact)),
-    index.curve?.length ? drawCurve(index) : null);
+    index.curve?.length > 1 ? drawCurve(index) : null); // exact search has one point, which needs no picture
 }
 
+const settings = ({ parameters }) => JSON.stringify(Object.entries(parameters).sort());
+
 // Recall against microseconds of a query, the latter on a logarithmic scale.
-function drawCurve({ curve, parameters, recall }) {
+function drawCurve(index) {
+  const { curve, recall } = index;
   const [width, height, left, bottom] = [340, 180, 40, 30];
   const times = curve.map((point) => Math.log10(Math.max(point.microseconds, 0.1)));
   const low = Math.min(recall.target, ...curve.map((point) => point.recall));
   const [from, to] = [Math.min(...times) - 0.05, Math.max(...times) + 0.05];
   const x = (time) => left + (width - left - 12) * (time - from) / (to - from);
   const y = (value) => 10 + (height - bottom - 10) * (1 - (value - low) / Math.max(1 - low, 1e-6));
-  const chosen = JSON.stringify(Object.entries(parameters).sort());
   const text = (at, up, anchor, value) => graphic("text", { x: at, y: up, "text-anchor": anchor }, value);
   const dots = curve.map((point, i) => graphic("circle", {
-    cx: x(times[i]), cy: y(point.recall), r: JSON.stringify(Object.entries(point.parameters).sort()) === chosen ? 6 : 3.5,
-    class: JSON.stringify(Object.entries(point.parameters).sort()) === chosen ? "chosen" : "",
+    cx: x(times[i]), cy: y(point.recall), r: settings(point) === settings(index) ? 6 : 3.5,
+    class: settings(point) === settings(index) ? "chosen" : "",
   }, graphic("title", {}, `recall ${share(point.recall)}, ${point.microseconds.toPrecision(3)} µs, ${Object.entries(point.parameters).map(([k, v]) => `${k} ${v}`).join(", ")}`)));
   const sorted = curve.map((point, i) => [x(times[i]), y(point.recall)]).sort((a, b) => a[0] - b[0]);
   const label = `Recall against latency at ${curve.length} settings; the one in use is marked`;
