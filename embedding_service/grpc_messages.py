@@ -7,15 +7,15 @@ type is known to the catalogue alone, which the fields of a feature are read by 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from embedding_service import retrieval_pb2 as pb
-from embedding_service.http_schema import FeatureType, Key, Problem
+from embedding_service.http_schema import Catalogue, FeatureType, Key, Limits, Problem, batch_too_large
 
-Features = Mapping[str, FeatureType]
+Message = TypeVar("Message")
 
 
-def read_similar(request: pb.SimilarRequest, features: Features) -> dict[str, Any]:
+def read_similar(request: pb.SimilarRequest, catalogue: Catalogue, limits: Limits) -> dict[str, Any]:
     document = _options(request)
     if request.HasField("key"):
         document["key"] = _key(request.key, "key")
@@ -24,7 +24,7 @@ def read_similar(request: pb.SimilarRequest, features: Features) -> dict[str, An
     return document
 
 
-def read_recommend(request: pb.RecommendRequest, features: Features) -> dict[str, Any]:
+def read_recommend(request: pb.RecommendRequest, catalogue: Catalogue, limits: Limits) -> dict[str, Any]:
     document = _options(request)
     if request.HasField("exclude_seen"):
         document["exclude_seen"] = request.exclude_seen
@@ -37,29 +37,30 @@ def read_recommend(request: pb.RecommendRequest, features: Features) -> dict[str
             document["user"] = _key(session.user, "session.user")
         if session.features:
             document["features"] = {
-                name: _feature(value, features.get(name), f"session.features.{name}")
+                name: _feature(value, catalogue.features.get(name), f"session.features.{name}")
                 for name, value in session.features.items()
             }
     if request.sessions:
-        document |= _sessions(request.sessions, features)
+        document |= _sessions(_within(request.sessions, limits), catalogue.features)
     return document
 
 
-def read_search(request: pb.SearchRequest, features: Features) -> dict[str, Any]:
+def read_search(request: pb.SearchRequest, catalogue: Catalogue, limits: Limits) -> dict[str, Any]:
     document = _options(request)
     if request.HasField("vector"):
         document["vector"] = list(request.vector.values)
     if request.vectors:
-        document["vectors"] = [list(vector.values) for vector in request.vectors]
+        document["vectors"] = [list(vector.values) for vector in _within(request.vectors, limits)]
     return document
 
 
-def read_embed(request: pb.EmbedRequest, features: Features) -> dict[str, Any]:
+def read_embed(request: pb.EmbedRequest, catalogue: Catalogue, limits: Limits) -> dict[str, Any]:
     document: dict[str, Any] = {}
     if request.HasField("keys"):
         document["keys"] = _keys(request.keys, "keys")
     if request.sessions:
-        document["sessions"] = [_keys(session.items, "sessions.items") for session in request.sessions]
+        sessions = _within(request.sessions, limits)
+        document["sessions"] = [_keys(session.items, "sessions.items") for session in sessions]
     return document
 
 
@@ -128,7 +129,14 @@ def _options(request: Any) -> dict[str, Any]:
     return document
 
 
-def _sessions(sessions: Sequence[pb.Session], features: Features) -> dict[str, Any]:
+def _within(messages: Sequence[Message], limits: Limits) -> Sequence[Message]:
+    """`messages`, one per query. Problem 413 before millions of empty ones, of two bytes each, are looked at."""
+    if len(messages) > limits.max_batch:
+        raise batch_too_large(len(messages), limits)
+    return messages
+
+
+def _sessions(sessions: Sequence[pb.Session], features: Mapping[str, FeatureType]) -> dict[str, Any]:
     """A batch: the items of each session, and where any session has them a column of users and one of each feature."""
     columns: dict[str, Any] = {"sessions": [_keys(session.items, "sessions.items") for session in sessions]}
     if any(session.HasField("user") for session in sessions):
@@ -136,7 +144,9 @@ def _sessions(sessions: Sequence[pb.Session], features: Features) -> dict[str, A
             _key(session.user, "sessions.user") if session.HasField("user") else None for session in sessions
         ]
     named = dict.fromkeys(name for session in sessions for name in session.features)
-    if named:
+    if unknown := next((name for name in named if name not in features), None):
+        columns["features"] = {unknown: []}  # to be refused; a column for each of a million names would take long
+    elif named:
         columns["features"] = {
             name: [
                 _feature(session.features[name], features.get(name), f"sessions.features.{name}")

@@ -7,6 +7,7 @@ an empty answer with a status: an exception would be Serve's own failure, with a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
@@ -14,7 +15,7 @@ import grpc
 from embedding_service import grpc_messages as messages
 from embedding_service import retrieval_pb2 as pb
 from embedding_service.http_messages import REQUEST_ID, Scope
-from embedding_service.http_schema import Problem
+from embedding_service.http_schema import Catalogue, Limits, Problem
 from embedding_service.http_service import CALLER, HttpService
 
 SERVICER = "embedding_service.grpc_servicer:add_to_server"  # what Serve is told
@@ -27,7 +28,7 @@ _STATUS = {
     503: grpc.StatusCode.UNAVAILABLE,
 }
 _HEADERS = {"authorization": b"authorization", "x-caller-id": CALLER, "request_id": REQUEST_ID}  # of the metadata
-_Read = Callable[[Any, messages.Features], dict[str, Any]]
+_Read = Callable[[Any, Catalogue, Limits], dict[str, Any]]
 _Write = Callable[[Mapping[str, Any]], Any]
 _CALLS: dict[str, tuple[str, _Read, _Write, type]] = {
     "Similar": ("/v1/similar", messages.read_similar, messages.write_answers, pb.Answers),
@@ -58,7 +59,7 @@ class GrpcService:
         route, read, write, kind = _CALLS[call]
         scope = _scope(route, context)
         try:
-            return await self._service.ask(scope, request.ByteSize(), lambda known: read(request, known), write)
+            return await self._service.ask(scope, request.ByteSize(), partial(read, request), write)
         except Problem as problem:
             context.set_code(_STATUS.get(problem.status, grpc.StatusCode.INTERNAL))
             context.set_details(str(problem))

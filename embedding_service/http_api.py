@@ -50,7 +50,7 @@ from embedding_service.http_messages import (
 )
 from embedding_service.http_openapi import openapi
 from embedding_service.http_queries import Body, Queries, Retrieval, Single, Work
-from embedding_service.http_schema import ARROW_TYPE, Catalogue, FeatureType, Limits, Problem, overloaded
+from embedding_service.http_schema import ARROW_TYPE, Catalogue, Limits, Problem, overloaded
 from embedding_service.http_turns import Turns
 from embedding_service.instruments import Instruments
 from embedding_service.keys import Vocabulary
@@ -104,7 +104,7 @@ class HttpApi:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="retrieval")
         self.num_waiting = 0  # requests in threads, or on their way there
         self._call_seconds = self._query_seconds = 0.0  # what a call takes, and each query in it
-        self._version, self._features, self._scatter = catalogue.version, catalogue.features, scatter
+        self._version, self._catalogue, self._scatter = catalogue.version, catalogue, scatter
         self._turns = Turns(queries.answers if scatter is None else self._gathered, self._is_quick, self._pool)
         self.document = openapi(catalogue, queries.models, limits, has_page=page is not None)
         self._pages = _pages(catalogue, self.document, limits)
@@ -207,13 +207,13 @@ class HttpApi:
         self,
         route: str,
         num_bytes: int,
-        read: Callable[[Mapping[str, FeatureType]], dict[str, Any]],
+        read: Callable[[Catalogue, Limits], dict[str, Any]],
         write: Callable[[Mapping[str, Any]], Answer],
     ) -> Answer:
         """What a POST to `route` is answered with, without HTTP.
 
-        `read`: the document that its JSON body would hold, by the features that the query tower knows; `write`: the
-        answer's, in the caller's own form; either may be called in a thread. `num_bytes` is the size of what is read.
+        `read`: the document that its JSON body would hold; `write`: the answer's, in the caller's own form; either may
+        be called in a thread. `num_bytes` is the size of what is read.
         Raises what `problem_of` knows.
         """
         post = self._posts.get(route)
@@ -223,7 +223,7 @@ class HttpApi:
             raise body_too_large(self._limits.max_body_bytes)
 
         def check() -> Work | Single:
-            return post(read(self._features))
+            return post(read(self._catalogue, self._limits))
 
         def render(answer: dict[str, Any] | bytes, partial: Mapping[str, Any] = _WHOLE) -> Answer:
             assert isinstance(answer, dict)

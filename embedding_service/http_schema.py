@@ -75,6 +75,11 @@ def overloaded(message: str) -> Problem:
     return Problem(503, "overloaded", message, ((b"retry-after", b"1"),))
 
 
+def batch_too_large(num_queries: int, limits: Limits) -> Problem:
+    message = f"{num_queries} queries in one request; the limit is {limits.max_batch}: send several"
+    return Problem(413, "batch_too_large", message)
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -249,8 +254,7 @@ class RequestModels:
 
         def check_size(value: Any) -> Any:
             if isinstance(value, list) and len(value) > self._limits.max_batch:
-                message = f"{len(value)} queries in one request; the limit is {self._limits.max_batch}: send several"
-                raise Problem(413, "batch_too_large", message)
+                raise batch_too_large(len(value), self._limits)
             return value
 
         schema = {"maxItems": self._limits.max_batch}

@@ -27,7 +27,7 @@ from embedding_service.http_messages import (
     path_of,
 )
 from embedding_service.http_openapi import with_management
-from embedding_service.http_schema import FeatureType
+from embedding_service.http_schema import Catalogue, Limits
 from embedding_service.instruments import Instruments
 from embedding_service.live_versions import LiveVersions, Loaded
 from embedding_service.service_logs import log_event
@@ -97,7 +97,7 @@ class HttpService:
         self,
         scope: Scope,
         num_bytes: int,
-        read: Callable[[Mapping[str, FeatureType]], dict[str, Any]],
+        read: Callable[[Catalogue, Limits], dict[str, Any]],
         write: Callable[[Mapping[str, Any]], Answer],
     ) -> Answer:
         """`HttpApi.ask` of the version that answers; `scope` has path, method and headers as of an HTTP request.

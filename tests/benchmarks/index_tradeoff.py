@@ -17,7 +17,7 @@ those of the index; ours reads the artifact's fp16 vectors besides (128 bytes ea
                           exported vectors of one run of the item2vec recipe (LEXSHARD_DATA)
 
 All of it takes some twenty minutes. With --folder every step that ends is kept there, and a later call goes on behind
-it: with --minutes no step begins after so many, with --steps only those whose names match (`build *`, `gowalla`). The
+it: with --minutes no step begins after so many, with --steps only those whose names match (`build *`, `gowalla *`). The
 call that finds all steps done prints the last line. A step's `load` is the machine's when it ended.
 """
 
@@ -87,18 +87,24 @@ def main() -> None:
             steps.take(f"measure {kind}", functools.partial(measured, kind, data, steps), needed)
         gowalla = folder / "gowalla_item2vec"
         steps.take("train gowalla", functools.partial(train_gowalla, gowalla))
-        steps.take("gowalla", functools.partial(gowalla_losses, gowalla), ["train gowalla"])
+        for precision in PRECISIONS:
+            exported = functools.partial(gowalla_recall, gowalla, precision)
+            steps.take(f"gowalla {precision}", exported, ["train gowalla"])
+        steps.take("gowalla arrangements", functools.partial(gowalla_arrangements, gowalla), ["train gowalla"])
     if steps.left:
         progress(f"to be done yet: {', '.join(steps.left)}")
         return
-    found, losses = {kind: steps.done[f"measure {kind}"] for kind in kinds}, steps.done["gowalla"]
+    found = {kind: steps.done[f"measure {kind}"] for kind in kinds}
+    gowalla_found = {precision: steps.done[f"gowalla {precision}"] for precision in PRECISIONS}
+    losses = {name: gowalla_found["fp32"]["recall@20"] - found["recall@20"] for name, found in gowalla_found.items()}
     print(
         json.dumps(
             {
                 "recall_error_max": max(entry["ours"]["recall_error"] for entry in found.values()),
-                **{name: losses[name] for name in ("fp16_loss", "int8_loss")},
+                "fp16_loss": round(losses["fp16"], 5),
+                "int8_loss": round(losses["int8"], 5),
                 "kinds": found,
-                "gowalla": losses,
+                "gowalla": {**gowalla_found, "arrangements": steps.done["gowalla arrangements"]},
                 "data": f"{rows} x {DIM} synthetic clusters",
                 "recall": {"k": K, "target": TARGET, "tuning_queries": NUM_QUERIES, "measuring_queries": NUM_QUERIES},
                 "machine": {"cores": os.cpu_count()},
@@ -281,26 +287,26 @@ def train_gowalla(run: Path) -> dict[str, Any]:
     return {"seconds": json.loads((run / "result.json").read_text())["seconds"]}
 
 
-def gowalla_losses(run: Path) -> dict[str, Any]:
-    """Recall@20 of one run's exports in each precision, by exact search."""
+def gowalla_recall(run: Path, precision: str) -> dict[str, Any]:
+    """Recall@20 of the run's export in one precision, by exact search."""
+    cases = _gowalla_cases(run)
+    with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
+        overrides = [f"export.precision={precision}", "export.index=Flat"]
+        path = export_run(run, out=folder, which="last", overrides=overrides)
+        tally = evaluate_artifact(Artifact.open(path), cases, ks=(20,), mask_seen=True, exact=True)
+    return {"recall@20": round(float(tally.figures()["recall@20"]), 5), "num_cases": len(cases)}
+
+
+def gowalla_arrangements(run: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
+        path = export_run(run, out=folder, which="last", overrides=["export.precision=fp32", "export.index=Flat"])
+        return graph_arrangements(Artifact.open(path), _gowalla_cases(run))
+
+
+def _gowalla_cases(run: Path) -> Cases:
     os.environ["LEXSHARD_DATA"] = str(data_folder())
     config, prepared = load_config(run / "config.toml", [f"run={run}"]), load_prepared(run)
-    cases = load_cases(config, prepared.keys, prepared.query_features, config.data.test)
-    recall = {}
-    with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
-        for precision in PRECISIONS:
-            overrides = [f"export.precision={precision}", "export.index=Flat"]
-            path = export_run(run, out=f"{folder}/{precision}", which="last", overrides=overrides)
-            tally = evaluate_artifact(Artifact.open(path), cases, ks=(20,), mask_seen=True, exact=True)
-            recall[precision] = float(tally.figures()["recall@20"])
-        arrangements = graph_arrangements(Artifact.open(f"{folder}/fp32"), cases)
-    return {
-        "fp16_loss": round(recall["fp32"] - recall["fp16"], 5),
-        "int8_loss": round(recall["fp32"] - recall["int8"], 5),
-        "recall@20": {name: round(value, 5) for name, value in recall.items()},
-        "num_cases": len(cases),
-        "arrangements": arrangements,
-    }
+    return load_cases(config, prepared.keys, prepared.query_features, config.data.test)
 
 
 def graph_arrangements(artifact: Artifact, cases: Cases) -> dict[str, float]:

@@ -13,20 +13,26 @@ import pytest
 from embedding_service import retrieval_pb2 as pb
 from embedding_service.grpc_messages import read_recommend
 from embedding_service.grpc_service import GrpcService
-from embedding_service.http_schema import FeatureType, Problem
+from embedding_service.http_schema import Catalogue, FeatureType, Problem
 from tests.embedding_service.artifacts import publish
 from tests.embedding_service.services import LIMITS, LocalService
 
 ROOT = Path(__file__).parents[2]
 READ_TOKEN = b"a-token-of-readers"
 KEYS = [f"i{i:04d}" for i in range(10)]
-FEATURES = {
-    "colour": FeatureType("string"),
-    "tags": FeatureType("int64", is_list=True),
-    "visits": FeatureType("string", is_list=True, is_weighted=True),
-    "age": FeatureType(width=1),
-    "taste": FeatureType(width=2),
-}
+CATALOGUE = Catalogue(
+    "v1",
+    6,
+    4,
+    "string",
+    features={
+        "colour": FeatureType("string"),
+        "tags": FeatureType("int64", is_list=True),
+        "visits": FeatureType("string", is_list=True, is_weighted=True),
+        "age": FeatureType(width=1),
+        "taste": FeatureType(width=2),
+    },
+)
 
 
 class Context:
@@ -180,6 +186,13 @@ class TestRefusals:
                 "101 queries in one request; the limit is 100: send several",
             ),
             (
+                "Recommend",
+                pb.RecommendRequest(sessions=[pb.Session()] * (LIMITS.max_batch + 1)),
+                "INVALID_ARGUMENT",
+                "batch_too_large",
+                "101 queries in one request; the limit is 100: send several",
+            ),
+            (
                 "Search",
                 pb.SearchRequest(vector=pb.Vector(values=[1.0, float("nan")])),
                 "INVALID_ARGUMENT",
@@ -239,23 +252,30 @@ class TestFeatures:
 
     def test_they_are_read_by_their_types(self) -> None:
         session = pb.Session(items=keys("a"), user=pb.Key(integer=7), features=self.GIVEN)
-        document = read_recommend(pb.RecommendRequest(session=session), FEATURES)
+        document = read_recommend(pb.RecommendRequest(session=session), CATALOGUE, LIMITS)
         assert document == {"session": ["a"], "user": 7, "features": self.MEANT}
 
     def test_of_a_batch_they_are_columns(self) -> None:
         sessions = [pb.Session(features=self.GIVEN), pb.Session(items=keys("b"), user=pb.Key(string="u"))]
-        document = read_recommend(pb.RecommendRequest(sessions=sessions), FEATURES)
+        document = read_recommend(pb.RecommendRequest(sessions=sessions), CATALOGUE, LIMITS)
         columns = {name: [value, None] for name, value in self.MEANT.items()}
         assert document == {"sessions": [[], ["b"]], "users": [None, "u"], "features": columns}
+
+    def test_a_batch_has_no_columns_for_names_that_are_unknown(self) -> None:
+        named = {f"nope-{i}": pb.Feature() for i in range(5)}
+        sessions = [pb.Session(features=named), pb.Session(features=self.GIVEN)]
+        document = read_recommend(pb.RecommendRequest(sessions=sessions), CATALOGUE, LIMITS)
+        (name,) = document["features"]
+        assert name in named
 
     def test_each_key_has_one_weight(self) -> None:
         session = pb.Session(features={"visits": pb.Feature(keys=keys("x", "y"), numbers=[1.0])})
         with pytest.raises(Problem, match=r"^`session.features.visits` has 2 keys and 1 numbers; each key has one"):
-            read_recommend(pb.RecommendRequest(session=session), FEATURES)
+            read_recommend(pb.RecommendRequest(session=session), CATALOGUE, LIMITS)
 
     def test_what_does_not_fit_is_left_to_the_checks_of_json(self) -> None:
         given = {"age": pb.Feature(keys=keys("old")), "taste": pb.Feature(numbers=[1.0]), "nope": pb.Feature()}
-        document = read_recommend(pb.RecommendRequest(session=pb.Session(features=given)), FEATURES)
+        document = read_recommend(pb.RecommendRequest(session=pb.Session(features=given)), CATALOGUE, LIMITS)
         assert document["features"] == {"age": "old", "taste": [1.0], "nope": []}
 
 
