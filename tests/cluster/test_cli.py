@@ -274,7 +274,7 @@ def test_query_for_a_user_of_a_model_without_users(tmp_path: Path, capsys: pytes
 
 def test_query_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["query", "http://127.0.0.1:1", "similar", "a"]) == 2
-    assert "http://127.0.0.1:1 does not answer" in capsys.readouterr().err
+    assert "nothing answers at http://127.0.0.1:1: Connection refused; is `lexshard serve`" in capsys.readouterr().err
 
 
 def test_train_passes_the_settings_on(
