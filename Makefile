@@ -1,6 +1,7 @@
 # Every target prepares what it needs; the only things expected of the machine are Python 3.11 with pip, and make.
 #
 #   make demo | test | lint | bench | setup
+#   make proto   generates the gRPC messages anew: for those who change embedding_service/retrieval.proto
 #   make page    builds the page that the service serves anew: for those who change embedding_service/page/src; needs npm
 #
 # PYTHON    the interpreter that .venv is made from (default: python3.11, else python3)
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TORCHREC := $(shell sed -n 's/^ *"\(torchrec==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test lint bench page clean
+.PHONY: setup demo test lint bench page proto clean
 
 setup: $(INSTALLED)
 
@@ -51,6 +52,9 @@ bench: setup
 
 page:
 	cd embedding_service/page && npm ci --ignore-scripts --no-audit --no-fund && npm run build
+
+proto: setup
+	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. embedding_service/retrieval.proto
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

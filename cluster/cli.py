@@ -300,6 +300,7 @@ def _serve(args: Arguments) -> int:
         gates=gates,
         runs=settings.runs,
         metrics_port=settings.metrics_port,
+        grpc_port=settings.grpc_port,
         probe_seconds=settings.probe_seconds,
         probe_margin=settings.probe_margin,
         log_format=settings.log_format,
@@ -310,6 +311,7 @@ def _serve(args: Arguments) -> int:
     with service:
         print(
             f"serving {args.path} at {service.address} (documentation: {service.address}/docs); Ctrl-C stops",
+            *([f"gRPC (lexshard.v1.Retrieval) at {service.grpc_address}"] if service.grpc_address else []),
             f"metrics for Prometheus at {', '.join(service.metrics_addresses)}",
             sep="\n",
             flush=True,

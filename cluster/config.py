@@ -446,6 +446,9 @@ class ServeSettings:
 
     host: str = setting("127.0.0.1", "address to bind")
     port: int = setting(8000, "port to bind", low=1, high=65535)
+    grpc_port: int = setting(
+        0, "port of the gRPC service (retrieval.proto) on the same address; 0: none", low=0, high=65535
+    )
     replicas: int = setting(
         1, "replicas of the retrieval deployment; the least number where max_replicas is set", low=1
     )

@@ -26,10 +26,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import LaunchError, SettingError
+from cluster.grpc_addresses import PROXY_ENVIRONMENT, check_ray
 from cluster.metrics import node_metrics_addresses
 from embedding_service import http_unwatched
 from embedding_service.artifact import Artifact
-from embedding_service.http_ports import check_port, high_throughput_environment
+from embedding_service.grpc_service import SERVICER
+from embedding_service.http_ports import check_haproxy, check_port, high_throughput_environment
 from embedding_service.http_schema import Limits
 from embedding_service.replica import Replica, ShardReplica
 from embedding_service.service_args import MAX_ONGOING, MAX_QUEUED, ServiceArgs, begin_with, checked_args
@@ -46,6 +48,7 @@ _START_SECONDS = 120.0
 _STOP_SECONDS = 20.0  # twice what a replica takes at most
 _CHECK_SECONDS = 0.5
 _POLL_SECONDS = 0.05
+_MAX_ANSWER_BYTES = 64 * 2**20  # over gRPC: a million keys of 40 characters, with scores
 _SHARD_CHECK_SECONDS = 2.0  # within which Serve notices that a shard has ended
 
 
@@ -67,6 +70,7 @@ def build(args: Mapping[str, Any]) -> Application:
         gpus=0.0 if settings.shards else settings.gpus,
         max_replicas=settings.max_replicas,
         target_ongoing_requests=settings.target_ongoing_requests,
+        max_body_bytes=settings.max_body_bytes,
     )
     held = deployment_options(threads=settings.threads, gpus=settings.gpus)
     shards = []
@@ -86,16 +90,19 @@ def deployment_options(
     gpus: float = 0.0,
     max_replicas: int = 0,
     target_ongoing_requests: float = ServiceArgs.model_fields["target_ongoing_requests"].default,
+    max_body_bytes: int = Limits.max_body_bytes,
 ) -> dict[str, Any]:
     """Options of `serve.deployment` for replicas in high-throughput mode, with that many threads in each.
 
-    With `max_replicas` there are as many, from `replicas` on, as bring each near `target_ongoing_requests`.
+    With `max_replicas` there are as many, from `replicas` on, as bring each near `target_ongoing_requests`. A gRPC
+    message of more than `max_body_bytes`, and than any answer has, is refused before it is read.
     """
     environment = {
         "OMP_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",  # numpy's others spin for a while after each product, on cores that HAProxy needs
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_LOG_TO_STDERR": "1",  # warnings and errors only, see _QUIET
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max(max_body_bytes + 1024, _MAX_ANSWER_BYTES)),
         **http_unwatched.ENVIRONMENT,
     }
     resources = {"num_cpus": threads, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
@@ -130,6 +137,7 @@ def serve_artifact(
     threads: int = 0,
     address: str = "",
     metrics_port: int = 0,
+    grpc_port: int = 0,
     **options: Any,
 ) -> Service:
     """Serve an artifact over HTTP and return once it answers; `Service.wait` then blocks until Ctrl-C or SIGTERM.
@@ -137,15 +145,17 @@ def serve_artifact(
     `address` is a Ray cluster to join; without it, and if this process has not joined one, a local Ray is started,
     and stopped with the service. `threads` per process: 0 shares this machine's cores among replicas and shards.
     `options` are further `ServiceArgs`: tokens, gates, autoscaling, shards, probe, logs. `metrics_port`: where a Ray
-    that is started here answers Prometheus, see `Service.metrics_addresses`; 0 is any free one.
+    that is started here answers Prometheus, see `Service.metrics_addresses`; 0 is any free one. `grpc_port`: where
+    `lexshard.v1.Retrieval` (retrieval.proto) is answered on `host`; 0: nowhere.
 
     On the main thread SIGTERM is a KeyboardInterrupt from here until the service has stopped, and so never leaves
     HAProxy behind.
 
     Raises ArtifactError for an artifact that cannot be served, SettingError (serve.port, serve.host,
-    serve.metrics_port) for an address that cannot be bound, LaunchError if Ray or the service does not come up.
+    serve.metrics_port, serve.grpc_port) for an address that cannot be bound, LaunchError if Ray or the service does not
+    come up.
     """
-    service = Service(host, port, metrics_port)
+    service = Service(host, port, metrics_port, grpc_port)
     service.catch_sigterm()
     try:
         Artifact.open(path)
@@ -165,11 +175,12 @@ def _args_of(path: str | Path, threads: int, **options: Any) -> dict[str, Any]:
 class Service:
     """A running service; leaving its context stops it."""
 
-    def __init__(self, host: str, port: int, metrics_port: int = 0) -> None:
+    def __init__(self, host: str, port: int, metrics_port: int = 0, grpc_port: int = 0) -> None:
         reachable = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
         self.address = f"http://{reachable}:{port}"
         self._host, self._port, self._reachable = host, port, reachable
-        self._metrics_port = metrics_port
+        self._metrics_port, self._grpc_port = metrics_port, grpc_port
+        self.grpc_address = f"{reachable}:{grpc_port}" if grpc_port else ""
         self._owns_ray = self._own_cluster = self._deployed = False
         self._mark = uuid.uuid4().hex  # in the environment of Serve's processes
         self._former_sigterm: Any = None
@@ -190,6 +201,7 @@ class Service:
         settings = checked_args(args)
         if not address:
             check_port(self._host, self._port)
+        grpc_options = self._checked_grpc(local=not address)
         import ray
         from ray import serve
 
@@ -214,7 +226,7 @@ class Service:
                         _system_config={"worker_niceness": 0},  # Ray's default of 15 is meant for batch work
                     )
                     print_plainly("ServeReplica:")
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except Exception as error:  # also what Ray raises where its processes do not come up in time
                 raise LaunchError(
                     f"Ray could not be {'reached at ' + address if address else 'started'}: {error}"
                 ) from error
@@ -223,9 +235,12 @@ class Service:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._deployed = True
         environment = high_throughput_environment(local=not address) | {MARK: self._mark}
+        if grpc_options:
+            environment |= PROXY_ENVIRONMENT
         try:
             serve.start(
                 http_options={"host": self._host, "port": self._port},
+                grpc_options=grpc_options,
                 logging_config=_QUIET,
                 controller_options={"runtime_env": {"env_vars": environment}},
             )
@@ -233,6 +248,20 @@ class Service:
         except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
             raise LaunchError(f"the service did not start: {_reason(error)}") from error
         self._await_answer(time.monotonic() + _START_SECONDS)
+        if self.grpc_address:
+            self._await_grpc(time.monotonic() + _START_SECONDS)
+
+    def _checked_grpc(self, *, local: bool) -> dict[str, Any]:
+        """`grpc_options` of Serve. Raises SettingError, and LaunchError for a Ray that cannot do it."""
+        if not self._grpc_port:
+            return {}
+        if self._grpc_port == self._port:
+            raise SettingError("serve.grpc_port", f"{self._grpc_port} is serve.port: take another, HTTP has that one")
+        check_haproxy("serve.grpc_port")
+        check_ray()
+        if local:
+            check_port(self._host, self._grpc_port, "serve.grpc_port")
+        return {"port": self._grpc_port, "grpc_servicer_functions": [SERVICER]}
 
     @property
     def metrics_addresses(self) -> list[str]:
@@ -299,6 +328,24 @@ class Service:
                 connection.close()
             pause.wait(_POLL_SECONDS)
         raise LaunchError(f"the service does not answer at {self.address} after {_START_SECONDS:.0f} s ({problem})")
+
+    def _await_grpc(self, deadline: float) -> None:
+        import grpc
+
+        pause, status = threading.Event(), None
+        with grpc.insecure_channel(self.grpc_address) as channel:
+            healthy = channel.unary_unary("/ray.serve.RayServeAPIService/Healthz")  # which HAProxy answers
+            while time.monotonic() < deadline:
+                try:
+                    healthy(b"", timeout=5.0)
+                    return
+                except grpc.RpcError as error:
+                    status = error.code()
+                pause.wait(_POLL_SECONDS)
+        raise LaunchError(
+            f"gRPC is not answered at {self.grpc_address} after {_START_SECONDS:.0f} s ({status}); a Serve that ran "
+            "before without it must be stopped first: `serve shutdown`"
+        )
 
 
 def _delete_application() -> bool:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
@@ -40,6 +40,7 @@ from embedding_service.http_messages import (
     Response,
     Scope,
     Send,
+    body_too_large,
     content_type,
     error_response,
     parameters,
@@ -47,7 +48,7 @@ from embedding_service.http_messages import (
     read_body,
 )
 from embedding_service.http_openapi import openapi
-from embedding_service.http_queries import Queries, Retrieval, Single, Work
+from embedding_service.http_queries import Body, Queries, Retrieval, Single, Work
 from embedding_service.http_schema import ARROW_TYPE, Catalogue, Limits, Problem, overloaded
 from embedding_service.http_turns import Turns
 from embedding_service.instruments import Instruments
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
 PARTIAL = b"x-partial"
 _WHOLE: Mapping[str, Any] = {}
 _INLINE_SECONDS = 0.002  # requests expected to take longer run in a thread
@@ -101,7 +103,7 @@ class HttpApi:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="retrieval")
         self.num_waiting = 0  # requests in threads, or on their way there
         self._call_seconds = self._query_seconds = 0.0  # what a call takes, and each query in it
-        self._version, self._scatter = catalogue.version, scatter
+        self._version, self._catalogue, self._scatter = catalogue.version, catalogue, scatter
         self._turns = Turns(queries.answers if scatter is None else self._gathered, self._is_quick, self._pool)
         self.document = openapi(catalogue, queries.models, limits, has_page=page is not None)
         self._pages = _pages(catalogue, self.document, limits)
@@ -109,7 +111,7 @@ class HttpApi:
         self._start = "/docs" if page is None else "/page"
         self._pages |= page.files if page is not None else {}
         self._gets = {"/v1/similar": queries.get_similar, "/v1/recommend": queries.get_recommend}
-        self._posts: dict[str, Callable[[bytes], Work | Single]] = {
+        self._posts: dict[str, Callable[[Body], Work | Single]] = {
             "/v1/similar": queries.post_similar,
             "/v1/search": queries.post_search,
             "/v1/recommend": queries.post_recommend,
@@ -182,7 +184,7 @@ class HttpApi:
                 start = time.perf_counter()
                 asked = get(parameters(scope["query_string"]))
                 self._instruments.parse.since(start)
-                return await self._run(asked)
+                return await self._run(asked, _ok)
             if page := self._pages.get(path):
                 return page
             if view := self._views.get(path):
@@ -196,16 +198,46 @@ class HttpApi:
             if (arrow := self._arrow_posts.get(path)) and content_type(scope) == ARROW_TYPE:
                 check = partial(arrow, body, parameters(scope["query_string"]))
             if len(body) > _INLINE_BODY_BYTES:  # parsing alone takes a while
-                return await self._in_thread(lambda: self._answer(self._checked(check)))
-            return await self._run(self._checked(check))
+                return await self._in_thread(lambda: self._answer(self._checked(check), _ok))
+            return await self._run(self._checked(check), _ok)
         raise self._no_such(method, path)
 
-    async def _run(self, work: Work | Single) -> Response:
+    async def ask(
+        self,
+        route: str,
+        num_bytes: int,
+        read: Callable[[Catalogue, Limits], dict[str, Any]],
+        write: Callable[[Mapping[str, Any]], Answer],
+    ) -> Answer:
+        """What a POST to `route` is answered with, without HTTP.
+
+        `read`: the document that its JSON body would hold; `write`: the answer's, in the caller's own form; either may
+        be called in a thread. `num_bytes` is the size of what is read.
+        Raises what `problem_of` knows.
+        """
+        post = self._posts.get(route)
+        if post is None:
+            raise self._no_such("POST", route)
+        if num_bytes > self._limits.max_body_bytes:
+            raise body_too_large(self._limits.max_body_bytes)
+
+        def check() -> Work | Single:
+            return post(read(self._catalogue, self._limits))
+
+        def render(answer: dict[str, Any] | bytes, partial: Mapping[str, Any] = _WHOLE) -> Answer:
+            assert isinstance(answer, dict)
+            return write(_marked(answer, partial))
+
+        if num_bytes > _INLINE_BODY_BYTES:
+            return await self._in_thread(lambda: self._answer(self._checked(check), render))
+        return await self._run(self._checked(check), render)
+
+    async def _run(self, work: Work | Single, render: Callable[..., Answer]) -> Answer:
         if isinstance(work, Single):
-            return _ok(await self._turns.ask(work.group, work.query))
+            return render(await self._turns.ask(work.group, work.query))
         if work.is_plain and self._is_quick(work.num_queries):
-            return self._answer(work)
-        return await self._in_thread(lambda: self._answer(work))
+            return self._answer(work, render)
+        return await self._in_thread(lambda: self._answer(work, render))
 
     def _checked(self, check: Callable[[], Work | Single]) -> Work | Single:
         start = time.perf_counter()
@@ -213,20 +245,20 @@ class HttpApi:
         self._instruments.parse.since(start)
         return work
 
-    def _answer(self, work: Work | Single) -> Response:
+    def _answer(self, work: Work | Single, render: Callable[..., Answer]) -> Answer:
         if self._scatter is None:
-            return self._rendered(work, {})
+            return self._rendered(work, {}, render)
         with noting_lost_shards() as partial:
-            return self._rendered(work, partial)
+            return self._rendered(work, partial, render)
 
-    def _rendered(self, work: Work | Single, partial: dict[str, Any]) -> Response:
+    def _rendered(self, work: Work | Single, partial: dict[str, Any], render: Callable[..., Answer]) -> Answer:
         if isinstance(work, Single):
-            return _ok(self._queries.answers(work.group, [work.query])[0], partial)
+            return render(self._queries.answers(work.group, [work.query])[0], partial)
         answer = work.answer()
         start = time.perf_counter()
-        response = _ok(answer, partial)
+        rendered = render(answer, partial)
         self._instruments.render.since(start)
-        return response
+        return rendered
 
     def _gathered(self, group: Any, queries: list[Any]) -> list[Any]:
         """`Queries.answers` from shards. Without them all fail alike: halving the batch would ask again and again."""
@@ -242,7 +274,7 @@ class HttpApi:
             return False
         return self._call_seconds + num_queries * self._query_seconds <= _INLINE_SECONDS
 
-    async def _in_thread(self, task: Callable[[], Response]) -> Response:
+    async def _in_thread(self, task: Callable[[], Answer]) -> Answer:
         """What `task` answers in a thread. Problem 503 where too many wait already, or it takes too long.
 
         A task that has begun is not interrupted; one that nobody waits for any more does not begin.

@@ -6,12 +6,12 @@ import http.client
 import ipaddress
 import json
 from typing import Any
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from cluster.errors import LexshardError
-from embedding_service.http_access import find_access
+from embedding_service.http_access import CHANGE_VARIABLE, READ_VARIABLE, find_access
 
 _TIMEOUT_SECONDS = 90.0  # more than any answer waits
 _MAX_ANSWER_BYTES = 64 * 2**20
@@ -35,7 +35,14 @@ def ask(service: str, method: str, path: str, body: Any = None, *, token_file: s
         if 300 <= error.code < 400:
             where = str(error.headers.get("location"))[:300]
             raise LexshardError(f"{service} redirects to {where}; the token is not sent there: name that URL") from None
-        raise LexshardError(f"{service} answered {error.code}: {_reason(error.read(2**20))}") from None
+        problem = f"{service} answered {error.code}: {_reason(error.read(2**20))}"
+        if error.code == 401:
+            accepted = f"{READ_VARIABLE} or {CHANGE_VARIABLE}" if method == "GET" else CHANGE_VARIABLE
+            problem += f"; this command shows the one in the environment's {accepted}"
+        raise LexshardError(problem) from None
+    except URLError as error:
+        problem = str(getattr(error.reason, "strerror", None) or error.reason)
+        raise LexshardError(f"nothing answers at {service}: {problem}; is `lexshard serve` running there?") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         problem = str(error) or type(error).__name__
         raise LexshardError(f"{service} does not answer as a lexshard service: {problem}") from None

@@ -43,9 +43,7 @@ class ClientGone(Exception):
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """The body; Problem 413 as soon as it is announced to be, or turns out, larger than `limit` bytes."""
-    too_large = Problem(
-        413, "body_too_large", f"the body is larger than the limit of {limit} bytes: send several requests"
-    )
+    too_large = body_too_large(limit)
     announced = header(scope, b"content-length")
     if announced.isdigit() and int(announced[:20]) > limit:
         raise too_large
@@ -62,6 +60,10 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         chunks.append(chunk)
         if not message.get("more_body", False):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def body_too_large(limit: int) -> Problem:
+    return Problem(413, "body_too_large", f"the body is larger than the limit of {limit} bytes: send several requests")
 
 
 def header(scope: Scope, name: bytes) -> bytes:

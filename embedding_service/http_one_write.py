@@ -1,7 +1,7 @@
 """An answer in one piece: uvicorn writes its head and its body apart, and uvloop sends each of them at once.
 
-Two system calls, two packets, and two times that HAProxy wakes up, reads and writes: a tenth of what a single query
-takes here, and more of what it takes there.
+Two system calls, two packets, and two times that HAProxy wakes up, reads and writes: at 32 connections these writes
+took a seventh of a replica's event loop (py-spy).
 """
 
 from __future__ import annotations

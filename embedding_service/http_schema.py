@@ -75,6 +75,11 @@ def overloaded(message: str) -> Problem:
     return Problem(503, "overloaded", message, ((b"retry-after", b"1"),))
 
 
+def batch_too_large(num_queries: int, limits: Limits) -> Problem:
+    message = f"{num_queries} queries in one request; the limit is {limits.max_batch}: send several"
+    return Problem(413, "batch_too_large", message)
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -224,12 +229,13 @@ class RequestModels:
             many["features"] = (_model("FeatureColumns", **columns) | None, Field(None, description=doc))
         self.recommend = Pair(_model("Recommend", **one, **options), _model("RecommendBatchRequest", **many, **options))
 
-    def parse(self, pair: Pair, body: bytes) -> Any:
-        """The checked model of a JSON body: `pair.batch` if it has a field that only a batch has, else `pair.single`.
+    def parse(self, pair: Pair, body: bytes | dict[str, Any]) -> Any:
+        """The checked model of a body, JSON or what it holds: `pair.batch` if it has a field that only a batch has,
+        else `pair.single`.
 
         Raises Problem 400, or 413 where a batch is larger than the limit.
         """
-        document = _json_object(body, pair.names)
+        document = _json_object(body, pair.names) if isinstance(body, bytes) else body
         return _checked(document, pair.single if pair.plurals.isdisjoint(document) else pair.batch)
 
     def parse_wished(self, given: Mapping[str, str]) -> Any:
@@ -248,8 +254,7 @@ class RequestModels:
 
         def check_size(value: Any) -> Any:
             if isinstance(value, list) and len(value) > self._limits.max_batch:
-                message = f"{len(value)} queries in one request; the limit is {self._limits.max_batch}: send several"
-                raise Problem(413, "batch_too_large", message)
+                raise batch_too_large(len(value), self._limits)
             return value
 
         schema = {"maxItems": self._limits.max_batch}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import orjson
 
 from embedding_service.http_access import Access
-from embedding_service.http_api import problem_of
+from embedding_service.http_api import Answer, problem_of
 from embedding_service.http_management import OPERATIONS, Management
 from embedding_service.http_messages import (
     MAX_ID,
@@ -26,6 +27,7 @@ from embedding_service.http_messages import (
     path_of,
 )
 from embedding_service.http_openapi import with_management
+from embedding_service.http_schema import Catalogue, Limits
 from embedding_service.instruments import Instruments
 from embedding_service.live_versions import LiveVersions, Loaded
 from embedding_service.service_logs import log_event
@@ -89,12 +91,41 @@ class HttpService:
             loaded = self._enter(caller)
             status = await loaded.api(scope, receive, send)
         finally:
-            seconds = time.perf_counter() - start
-            if loaded is not None:
-                loaded.leave()
-                if path in TIMED_ROUTES:
-                    loaded.tally.note(status, seconds, recommends=path in _CLICKABLE)
-            self._note(path, status, seconds, loaded, scope)
+            self._leave(path, status, start, loaded, scope)
+
+    async def ask(
+        self,
+        scope: Scope,
+        num_bytes: int,
+        read: Callable[[Catalogue, Limits], dict[str, Any]],
+        write: Callable[[Mapping[str, Any]], Answer],
+    ) -> Answer:
+        """`HttpApi.ask` of the version that answers; `scope` has path, method and headers as of an HTTP request.
+
+        Raises Problem.
+        """
+        path, start, status = path_of(scope), time.perf_counter(), 499
+        loaded: Loaded | None = None
+        try:
+            self._access.check_read(scope)
+            loaded = self._enter(self._caller(scope))
+            answer = await loaded.api.ask(path, num_bytes, read, write)
+            status = 200
+            return answer
+        except Exception as error:
+            problem = problem_of(error, scope)
+            status = problem.status
+            raise problem from None
+        finally:
+            self._leave(path, status, start, loaded, scope)
+
+    def _leave(self, path: str, status: int, start: float, loaded: Loaded | None, scope: Scope) -> None:
+        seconds = time.perf_counter() - start
+        if loaded is not None:
+            loaded.leave()
+            if path in TIMED_ROUTES:
+                loaded.tally.note(status, seconds, recommends=path in _CLICKABLE)
+        self._note(path, status, seconds, loaded, scope)
 
     def _note(self, path: str, status: int, seconds: float, loaded: Loaded | None, scope: Scope) -> None:
         version = loaded.version if loaded is not None else ""

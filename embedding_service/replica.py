@@ -1,4 +1,4 @@
-"""What the processes of a service do: a replica answers HTTP, a shard's holder answers the replicas.
+"""What the processes of a service do: a replica answers HTTP and gRPC, a shard's holder answers the replicas.
 
 Serve makes them (`app`); nothing here imports Ray but what metrics are published through.
 """
@@ -12,10 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cluster.grpc_addresses import listen_on_node
 from cluster.metrics import RayMetrics
 from cluster.periodic import Periodic
 from embedding_service import http_refusals
 from embedding_service.artifact import Artifact
+from embedding_service.grpc_service import GrpcService
 from embedding_service.http_api import HttpApi
 from embedding_service.http_artifact import http_api
 from embedding_service.http_management import Management
@@ -37,7 +39,7 @@ _GC_THRESHOLD = 20_000
 
 
 class Replica:
-    """One process that holds the versions that are served and answers HTTP."""
+    """One process that holds the versions that are served, and answers HTTP and, where Serve has it, gRPC."""
 
     def __init__(self, args: dict[str, Any], shards: Sequence[Any] = ()) -> None:
         """`shards`: handles of the deployments that hold the index, if this process does not."""
@@ -78,6 +80,7 @@ class Replica:
             runs=settings.runs,
         )
         self._service = HttpService(versions, management, access, instruments, access_log=settings.access_log)
+        self._grpc = GrpcService(self._service)
         self._instruments = instruments
         metrics, published = ServiceMetrics(instruments, versions, store, probe, scatter=scatter), RayMetrics(METRICS)
         self._tasks = [Periodic("metrics", PUBLISH_SECONDS, lambda: published.publish(metrics.samples()))]
@@ -85,10 +88,24 @@ class Replica:
             self._tasks.append(Periodic("recall-probe", settings.probe_seconds, probe.run))
 
     def __serve_build_asgi_app__(self) -> HttpService:
-        """Serve calls it in the replica's process, before it starts the HTTP server there."""
+        """Serve calls it in the replica's process, before it starts the HTTP and gRPC servers there."""
         http_refusals.install(self._instruments, MAX_ONGOING + MAX_QUEUED)
         gc.set_threshold(_GC_THRESHOLD)
+        listen_on_node()
         return self._service
+
+    # the calls of `lexshard.v1.Retrieval`, which Serve finds by their names and passes `grpc_context` to
+    async def Similar(self, request: Any, grpc_context: Any) -> Any:
+        return await self._grpc.answer("Similar", request, grpc_context)
+
+    async def Recommend(self, request: Any, grpc_context: Any) -> Any:
+        return await self._grpc.answer("Recommend", request, grpc_context)
+
+    async def Search(self, request: Any, grpc_context: Any) -> Any:
+        return await self._grpc.answer("Search", request, grpc_context)
+
+    async def Embed(self, request: Any, grpc_context: Any) -> Any:
+        return await self._grpc.answer("Embed", request, grpc_context)
 
 
 class ShardReplica:

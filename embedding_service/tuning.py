@@ -169,16 +169,28 @@ class RecallTest:
     do.
     """
 
-    def __init__(self, vectors: VectorSet, metric: Metric, k: int, queries: Queries, threads: int) -> None:
-        """Raises SettingError if there are no queries."""
+    def __init__(
+        self,
+        vectors: VectorSet,
+        metric: Metric,
+        k: int,
+        queries: Queries,
+        threads: int,
+        *,
+        threshold: Float32 | None = None,
+    ) -> None:
+        """`threshold`: that of an earlier test of the same; else it is computed. Raises SettingError if there are no
+        queries.
+        """
         if len(queries.vectors) == 0:
             raise SettingError("export.recall_target", "there are no queries to measure recall on")
         self.queries = queries
         self.k = max(1, min(k, vectors.rows - (queries.own is not None)))
         self._vectors, self._metric, self._threads = vectors, metric, threads
-        self.threshold = np.concatenate(
-            [self._kth_scores(queries.take(slice(i, i + 4096))) for i in range(0, len(queries.vectors), 4096)]
-        )
+        if threshold is None:
+            parts = [self._kth_scores(queries.take(slice(i, i + 4096))) for i in range(0, len(queries.vectors), 4096)]
+            threshold = np.concatenate(parts)
+        self.threshold = threshold
 
     def recalls(self, index: VectorIndex, members: slice = slice(None)) -> np.ndarray:
         """For each query (true rows among the k found) / k: float64 [m]."""

@@ -28,6 +28,11 @@ DOORS = {
     "optuna": ("trainers/tune.py", "trainers/search_space.py"),
     "torch.distributed.checkpoint": ("trainers/checkpoint_tensors.py",),
     "umap": ("embedding_service/projection.py",),
+    "grpc": (
+        "embedding_service/app.py",
+        "embedding_service/grpc_service.py",
+        "embedding_service/retrieval_pb2_grpc.py",
+    ),
     "pickle": (),
 }
 

@@ -100,7 +100,8 @@ def _export(settings: dict[str, Any]) -> str:
         _write_vectors(writer, model, config, shared, work)
         writer.set_query_tower(model.query_tower.spec, model.query_tower.state_dict())
         _write_indexes(writer, model, config, prepared, work)
-        report({"kind": "note", "text": f"drawing the map by {config.export.map}"})
+        slow = ", which takes minutes" if config.export.map == "umap" else ""
+        report({"kind": "note", "text": f"drawing the map by {config.export.map}{slow}"})
         writer.add_map(
             vectors=model.similar_set,
             layout=config.export.map,

@@ -1,13 +1,14 @@
 """Kinds of index over one catalogue: memory, build time, recall and speed, tuned by us and as FAISS has them.
 
-    python -m tests.benchmarks.index_tradeoff [--quick] [--cache FOLDER] [--kinds HNSW32,...] [--gowalla-run FOLDER]
+    python -m tests.benchmarks.index_tradeoff [--quick] [--folder FOLDER [--minutes M] [--steps PATTERN ...]]
 
 The catalogue is synthetic (1 M x 64: no public data set here has so many trained vectors): clusters of unequal size,
 noise with a decaying spectrum, lengths that differ. Queries are means of fresh draws from one cluster; the 20 k that
-tune and the 20 k that measure are drawn apart. `ours` is what is exported and served: tuned to recall@10 of .95, rows
-found scored anew from fp16 vectors. `plain` is the same factory string (PQ: with FAISS's own refinement) with FAISS's
-default parameters. Both answer 20 k (Flat: 1000) in one call with all cores; `microseconds` are of single queries, ours
-in one thread, FAISS's as it divides them.
+tune and the 20 k that measure are drawn apart. `ours` is what is exported and served: built as export builds, tuned to
+recall@10 of .95, rows found scored anew from fp16 vectors. `plain` is FAISS alone: the same factory string (PQ: with
+FAISS's refinement, RFlat), trained and filled by FAISS from float32, nothing set. Both answer 20 k (Flat: 1000) in one
+call with all cores; `microseconds` are of single queries, ours in one thread, FAISS's as it divides them. The bytes are
+those of the index; ours reads the artifact's fp16 vectors besides (128 bytes each, mapped), RFlat has float32 in it.
 
     recall_error_max      the largest |recall@10 - .95| on the queries that did not tune, over the kinds that have
                           something to tune; of Flat 1 - recall
@@ -15,8 +16,9 @@ in one thread, FAISS's as it divides them.
     fp16_loss, int8_loss  Recall@20 on Gowalla's test cases that an export loses against fp32, by exact search over the
                           exported vectors of one run of the item2vec recipe (LEXSHARD_DATA)
 
-Building takes minutes. With --cache what has been built is kept there and only measured again; --kinds builds some of
-them, so that the work can be done in pieces; the run that measures all of them gives the figures.
+All of it takes some twenty minutes. With --folder every step that ends is kept there, and a later call goes on behind
+it: with --minutes no step begins after so many, with --steps only those whose names match (`build *`, `gowalla *`). The
+call that finds all steps done prints the last line. A step's `load` is the machine's when it ended.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -36,6 +40,7 @@ import faiss
 import numpy as np
 
 from cluster.config import load_config
+from cluster.storage import write_json
 from embedding_service.artifact import Artifact
 from embedding_service.candidates import Candidates
 from embedding_service.exact import unit_length
@@ -54,50 +59,91 @@ from trainers.prepare import load_prepared
 K, DIM, TARGET = 10, 64, 0.95
 NUM_QUERIES = 20_000
 ROUNDS = 3
+SINGLES = 200
+EXACT_QUERIES = 1000  # of exhaustive search, which takes long
+PRECISIONS = ("fp32", "fp16", "int8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="100 k rows")
-    parser.add_argument("--cache", default="", metavar="PATH", help="keeps what has been built")
-    parser.add_argument("--kinds", default="", metavar="FACTORY;...", help="only these; no last line")
-    parser.add_argument("--build-only", action="store_true", help="of the --kinds: build, and measure nothing")
-    parser.add_argument("--gowalla-run", default="", metavar="FOLDER", help="a run of the recipe, trained if missing")
+    parser.add_argument("--folder", default="", metavar="PATH", help="keeps what is done, for a call that goes on")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no step after so many")
+    parser.add_argument("--steps", nargs="+", default=["*"], metavar="PATTERN", help="these alone")
     args = parser.parse_args()
-    rows = 100_000 if args.quick else 1_000_000
-    lists = 1024 if args.quick else 4096
+    rows, lists = (100_000, 1024) if args.quick else (1_000_000, 4096)
     kinds = ["HNSW32", f"IVF{lists},SQ8", f"IVF{lists},PQ32x4fs", "Flat"]
-    with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
-        cache = Path(args.cache or folder) / str(rows)
-        cache.mkdir(parents=True, exist_ok=True)
-        data = Catalogue(rows)
-        if args.build_only:
-            for kind in args.kinds.split(";"):
-                built(kind, data.vectors, cache)
-            return
-        found = {kind: measured(kind, data, cache) for kind in (args.kinds.split(";") if args.kinds else kinds)}
-        if args.kinds:
-            return
-        losses = gowalla_losses(Path(args.gowalla_run or folder) / "gowalla_item2vec")
+    with tempfile.TemporaryDirectory(prefix="lexshard-") as temporary:
+        folder = Path(args.folder or temporary)
+        steps = Steps(folder / str(rows), time.monotonic() + 60 * args.minutes, args.steps)
+        data = Catalogue(rows, steps.folder)
+        for name in data.asked:
+            steps.take(f"exact {name}", functools.partial(data.answer, name))
+        for kind in kinds:
+            steps.take(f"build {kind}", functools.partial(build, kind, data, steps.folder))
+            steps.take(f"build plain {kind}", functools.partial(build_plain, kind, data, steps.folder))
+        for kind in kinds:
+            needed = [*(f"exact {name}" for name in data.asked), f"build {kind}", f"build plain {kind}"]
+            steps.take(f"measure {kind}", functools.partial(measured, kind, data, steps), needed)
+        gowalla = folder / "gowalla_item2vec"
+        steps.take("train gowalla", functools.partial(train_gowalla, gowalla))
+        for precision in PRECISIONS:
+            exported = functools.partial(gowalla_recall, gowalla, precision)
+            steps.take(f"gowalla {precision}", exported, ["train gowalla"])
+        steps.take("gowalla arrangements", functools.partial(gowalla_arrangements, gowalla), ["train gowalla"])
+    if steps.left:
+        progress(f"to be done yet: {', '.join(steps.left)}")
+        return
+    found = {kind: steps.done[f"measure {kind}"] for kind in kinds}
+    gowalla_found = {precision: steps.done[f"gowalla {precision}"] for precision in PRECISIONS}
+    losses = {name: gowalla_found["fp32"]["recall@20"] - found["recall@20"] for name, found in gowalla_found.items()}
     print(
         json.dumps(
             {
                 "recall_error_max": max(entry["ours"]["recall_error"] for entry in found.values()),
-                **{name: losses[name] for name in ("fp16_loss", "int8_loss")},
+                "fp16_loss": round(losses["fp16"], 5),
+                "int8_loss": round(losses["int8"], 5),
                 "kinds": found,
-                "gowalla": losses,
+                "gowalla": {**gowalla_found, "arrangements": steps.done["gowalla arrangements"]},
                 "data": f"{rows} x {DIM} synthetic clusters",
                 "recall": {"k": K, "target": TARGET, "tuning_queries": NUM_QUERIES, "measuring_queries": NUM_QUERIES},
-                "machine": {"cores": os.cpu_count(), "load": os.getloadavg()[0]},
+                "machine": {"cores": os.cpu_count()},
             }
         )
     )
 
 
+class Steps:
+    """The steps of the benchmark, each of which leaves a JSON file in `folder` and is not taken again."""
+
+    def __init__(self, folder: Path, until: float, patterns: list[str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._until, self._patterns = folder, until, patterns
+        self.done: dict[str, dict[str, Any]] = {}
+        self.left: list[str] = []
+
+    def take(self, name: str, step: Callable[[], dict[str, Any]], needed: Sequence[str] = ()) -> None:
+        """Its result into `done`; into `left` if it is not its turn, or what it needs is not done."""
+        file = self.folder / f"{name}.json"
+        if not file.exists():
+            chosen = any(fnmatch(name, pattern) for pattern in self._patterns)
+            if not chosen or time.monotonic() > self._until or not self.done.keys() >= set(needed):
+                self.left.append(name)
+                return
+            progress(name)
+            began = time.monotonic()
+            result = step()
+            load = round(os.getloadavg()[0], 2)
+            write_json(file, {**result, "load": load})
+            progress(f"{name}: {time.monotonic() - began:.0f} s")
+        self.done[name] = json.loads(file.read_bytes())
+
+
 class Catalogue:
     """Synthetic vectors as an item2vec run exports them (fp16), and queries that tune and that measure."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, folder: Path) -> None:
+        self._folder = folder
         self._rng = np.random.default_rng(0)
         self._centres = self._rng.standard_normal((rows // 1000, DIM), dtype=np.float32)
         weights = self._rng.lognormal(0, 1, len(self._centres))
@@ -106,15 +152,27 @@ class Catalogue:
         owners = self._rng.choice(len(self._centres), rows, p=self._share)
         vectors = unit_length(self._draw(owners)) * self._rng.lognormal(0, 0.05, (rows, 1)).astype(np.float32)
         self.vectors = VectorSet(*encode(vectors, "fp16"), "fp16")
-        self._asked = [self._queries() for _ in range(2)]
+        self.asked = {name: self._queries() for name in ("tuning", "test")}
+
+    def answer(self, name: str) -> dict[str, Any]:
+        """Exact answers to the queries that tune, or that measure."""
+        np.save(self._folder / f"{name}.npy", self._recall_test(name, None).threshold)
+        return {}
 
     @functools.cached_property
     def tuning(self) -> RecallTest:
-        return RecallTest(self.vectors, "ip", K, Queries(self._asked[0]), os.cpu_count() or 1)
+        return self._recall_test("tuning", np.load(self._folder / "tuning.npy"))
 
     @functools.cached_property
     def test(self) -> RecallTest:
-        return RecallTest(self.vectors, "ip", K, Queries(self._asked[1]), os.cpu_count() or 1)
+        return self._recall_test("test", np.load(self._folder / "test.npy"))
+
+    def _recall_test(self, name: str, threshold: np.ndarray | None) -> RecallTest:
+        asked = Queries(self.asked[name])
+        return RecallTest(self.vectors, "ip", K, asked, os.cpu_count() or 1, threshold=threshold)
+
+    def float32(self) -> np.ndarray:
+        return np.concatenate([chunk for _, chunk in self.vectors.chunks()])
 
     def _draw(self, owners: np.ndarray) -> np.ndarray:
         out = self._centres[owners]
@@ -127,51 +185,92 @@ class Catalogue:
         return np.asarray(np.mean(draws, axis=0), np.float32)
 
 
-def measured(kind: str, data: Catalogue, cache: Path) -> dict[str, Any]:
+def build(kind: str, data: Catalogue, folder: Path) -> dict[str, Any]:
+    began = time.perf_counter()
+    index = VectorIndex.build(data.vectors, metric="ip", factory=kind, threads=os.cpu_count())
+    seconds = time.perf_counter() - began
+    index.save(folder / f"{kind}.faiss")
+    expected = estimate(kind, data.vectors.rows, DIM, os.cpu_count() or 1)
+    return {
+        "seconds": round(seconds, 1),
+        "bytes": (folder / f"{kind}.faiss").stat().st_size,
+        "estimate": None if expected is None else vars(expected),
+    }
+
+
+def build_plain(kind: str, data: Catalogue, folder: Path) -> dict[str, Any]:
+    vectors, file = data.float32(), folder / f"plain {kind}.faiss"
+    index = faiss.index_factory(DIM, f"{kind},RFlat" if "PQ" in kind else kind, faiss.METRIC_INNER_PRODUCT)
+    began = time.perf_counter()
+    if not index.is_trained:
+        index.train(vectors)
+    index.add(vectors)
+    seconds = time.perf_counter() - began
+    faiss.write_index(index, str(file))
+    return {"seconds": round(seconds, 1), "bytes": file.stat().st_size}
+
+
+def measured(kind: str, data: Catalogue, steps: Steps) -> dict[str, Any]:
     """The figures of one kind, ours and plain."""
+    ours, plain = _ours(kind, data, steps.folder), _plain(kind, data, steps.folder)
+    for entry, name in ((ours, f"build {kind}"), (plain, f"build plain {kind}")):
+        took = steps.done[name]
+        entry["bytes_per_vector"] = round(took["bytes"] / data.vectors.rows, 1)
+        entry["build_seconds"], entry["build_load"] = took["seconds"], took["load"]
+    ours["estimate"] = steps.done[f"build {kind}"]["estimate"]
+    return {"ours": ours, "plain": plain}
+
+
+def _ours(kind: str, data: Catalogue, folder: Path) -> dict[str, Any]:
     threads = os.cpu_count() or 1
-    index, record = ours(kind, data, cache)
+    index = VectorIndex.load(folder / f"{kind}.faiss")
+    began = time.perf_counter()
+    record = tune(index, data.tuning, TARGET)
+    tuning_seconds = time.perf_counter() - began
     exact = index.exhaustive
-    recalls = data.test.recalls(index, slice(0, 1000 if exact else None))
-    recall = float(recalls.mean())
-    stored = index_bytes(cache / f"{kind}.faiss")
-    rows = data.vectors.rows
-    entry = {
+    recall = data.test.recall(index, slice(0, EXACT_QUERIES if exact else None))
+    with ThreadPoolExecutor(threads) as pool:
+        candidates = Candidates(data.vectors, "ip", index, pool, threads)
+        speed = _speed(lambda queries: candidates.search(queries, K), data, exact=exact)
+    return {
         "parameters": index.parameters,
         "arrangement": index.arrangement,
-        "bytes_per_vector": round(stored / rows, 1),
-        "build_seconds": round(record["build_seconds"], 1),
-        "tuning_seconds": round(record["tuning_seconds"], 1),
-        "estimate": record["estimate"],
+        "tuning_seconds": round(tuning_seconds, 1),
         "recall": round(recall, 4),
         "recall_when_tuned": round(record["recall"]["value"], 4),
         "half_width": round(record["recall"]["half_width"], 4),
-        "curve": [[point["parameters"], point["recall"], point["microseconds"]] for point in record["curve"]],
         "recall_error": round(1 - recall if exact else abs(recall - TARGET), 4),
+        **speed,
+        "curve": [[point["parameters"], point["recall"], point["microseconds"]] for point in record["curve"]],
     }
-    with ThreadPoolExecutor(threads) as pool:
-        candidates = Candidates(data.vectors, "ip", index, pool, threads)
-        entry |= speed(lambda queries: candidates.search(queries, K), data, exact=exact)
-    plain, seconds, size = plain_index(kind, data, cache)
-    faiss.omp_set_num_threads(threads)
-    entry_plain = {
-        "bytes_per_vector": round(size / rows, 1),
-        "build_seconds": round(seconds, 1),
-        "recall": round(plain_recall(plain, data), 4),
-        **speed(lambda queries: plain.search(queries, K), data, exact=exact),
-    }
-    progress(json.dumps({kind: {"ours": entry, "plain": entry_plain}}))
-    return {"ours": entry, "plain": entry_plain}
 
 
-def speed(search: Any, data: Catalogue, *, exact: bool) -> dict[str, float]:
-    queries = data.test.queries.vectors[: 1000 if exact else None]
+def _plain(kind: str, data: Catalogue, folder: Path) -> dict[str, Any]:
+    index = faiss.read_index(str(folder / f"plain {kind}.faiss"))
+    faiss.omp_set_num_threads(os.cpu_count() or 1)
+    exact = isinstance(index, faiss.IndexFlat)
+    recall = round(_plain_recall(index, data, exact=exact), 4)
+    return {"recall": recall, **_speed(lambda queries: index.search(queries, K), data, exact=exact)}
+
+
+def _plain_recall(index: Any, data: Catalogue, *, exact: bool) -> float:
+    """As `RecallTest` counts, over what FAISS returns."""
+    queries = data.test.queries.vectors[: EXACT_QUERIES if exact else None]
+    rows = index.search(queries, K)[1]
+    scores = np.einsum("nkd,nd->nk", data.vectors.take(np.maximum(rows, 0)), queries)
+    threshold = data.test.threshold[: len(queries), None]
+    found = (rows >= 0) & (scores >= threshold - 1e-5 * np.abs(threshold))
+    return float(found.mean())
+
+
+def _speed(search: Callable[[np.ndarray], Any], data: Catalogue, *, exact: bool) -> dict[str, float]:
+    queries = data.test.queries.vectors[: EXACT_QUERIES if exact else None]
     batches, singles = [], []
     for _ in range(ROUNDS):
         began = time.perf_counter()
         search(queries)
         batches.append(time.perf_counter() - began)
-    for i in range(200):
+    for i in range(SINGLES):
         began = time.perf_counter()
         search(queries[i : i + 1])
         singles.append(time.perf_counter() - began)
@@ -181,101 +280,33 @@ def speed(search: Any, data: Catalogue, *, exact: bool) -> dict[str, float]:
     }
 
 
-def ours(kind: str, data: Catalogue, cache: Path) -> tuple[VectorIndex, dict[str, Any]]:
-    """The index, tuned now, and its record."""
-    index, seconds = built(kind, data.vectors, cache)
-    progress(f"tuning {kind}")
-    began = time.perf_counter()
-    record = tune(index, data.tuning, TARGET)
-    expected = estimate(kind, data.vectors.rows, DIM, os.cpu_count() or 1)
-    return index, {
-        **record,
-        "tuning_seconds": time.perf_counter() - began,
-        "build_seconds": seconds,
-        "estimate": None if expected is None else vars(expected),
-    }
-
-
-def built(kind: str, vectors: VectorSet, cache: Path) -> tuple[VectorIndex, float]:
-    """The index, and the seconds that building it has taken."""
-    file, notes = cache / f"{kind}.faiss", cache / f"{kind}.json"
-    if not notes.exists():
-        progress(f"building {kind}")
-        began = time.perf_counter()
-        index = VectorIndex.build(vectors, metric="ip", factory=kind, threads=os.cpu_count())
-        seconds = time.perf_counter() - began
-        index.save(file)
-        notes.write_text(json.dumps({"seconds": seconds}))
-    return VectorIndex.load(file), float(json.loads(notes.read_text())["seconds"])
-
-
-def plain_index(kind: str, data: Catalogue, cache: Path) -> tuple[Any, float, int]:
-    """FAISS's index with nothing set: (index, seconds to build, bytes).
-
-    Of the inverted files ours is FAISS's too, and built once: it is read again, with the parameters that FAISS gives
-    it, and refined by FAISS (`RFlat`) where it is PQ. A graph is built anew, since ours is over centred vectors.
-    """
-    file, notes = cache / f"plain-{kind}.faiss", cache / f"plain-{kind}.json"
-    vectors = np.concatenate([chunk for _, chunk in data.vectors.chunks()])
-    if "IVF" in kind:
-        seconds = json.loads((cache / f"{kind}.json").read_text())["seconds"]
-        index = faiss.read_index(str(cache / f"{kind}.faiss"))
-        faiss.ParameterSpace().set_index_parameter(index, "nprobe", 1)
-        size = index_bytes(cache / f"{kind}.faiss")
-        if "PQ" not in kind:
-            return index, seconds, size
-        refined = faiss.IndexRefineFlat(index, faiss.swig_ptr(vectors))
-        refined.base = index  # keep it alive
-        return refined, seconds, size + vectors.nbytes
-    if not notes.exists():
-        progress(f"building plain {kind}")
-        index = faiss.index_factory(DIM, kind, faiss.METRIC_INNER_PRODUCT)
-        began = time.perf_counter()
-        index.add(vectors)
-        notes.write_text(json.dumps({"seconds": time.perf_counter() - began}))
-        faiss.write_index(index, str(file))
-    return faiss.read_index(str(file)), json.loads(notes.read_text())["seconds"], index_bytes(file)
-
-
-def plain_recall(index: Any, data: Catalogue) -> float:
-    """As `RecallTest` counts, over what FAISS returns."""
-    queries = data.test.queries.vectors[: 1000 if isinstance(index, faiss.IndexFlat) else None]
-    rows = index.search(queries, K)[1]
-    scores = np.einsum("nkd,nd->nk", data.vectors.take(np.maximum(rows, 0)), queries)
-    threshold = data.test.threshold[: len(queries), None]
-    found = (rows >= 0) & (scores >= threshold - 1e-5 * np.abs(threshold))
-    return float(found.mean())
-
-
-def index_bytes(file: Path) -> int:
-    return file.stat().st_size
-
-
-def gowalla_losses(run: Path) -> dict[str, Any]:
-    """Recall@20 of one run's exports in each precision, by exact search."""
-    data = data_folder()
-    os.environ["LEXSHARD_DATA"] = str(data)
+def train_gowalla(run: Path) -> dict[str, Any]:
+    os.environ["LEXSHARD_DATA"] = str(data_folder())
     if not (run / "result.json").exists():
-        progress("training the Gowalla item2vec recipe")
-        command = ["train", str(RECIPES / "gowalla_item2vec.toml"), "--json", "--set", f"run={run}"]
-        lexshard(command, dict(os.environ))
-    config, prepared = load_config(run / "config.toml", [f"run={run}"]), load_prepared(run)
-    cases = load_cases(config, prepared.keys, prepared.query_features, config.data.test)
-    recall = {}
+        lexshard(["train", str(RECIPES / "gowalla_item2vec.toml"), "--json", "--set", f"run={run}"], dict(os.environ))
+    return {"seconds": json.loads((run / "result.json").read_text())["seconds"]}
+
+
+def gowalla_recall(run: Path, precision: str) -> dict[str, Any]:
+    """Recall@20 of the run's export in one precision, by exact search."""
+    cases = _gowalla_cases(run)
     with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
-        for precision in ("fp32", "fp16", "int8"):
-            overrides = [f"export.precision={precision}", "export.index=Flat"]
-            path = export_run(run, out=f"{folder}/{precision}", which="last", overrides=overrides)
-            tally = evaluate_artifact(Artifact.open(path), cases, ks=(20,), mask_seen=True, exact=True)
-            recall[precision] = float(tally.figures()["recall@20"])
-        arrangements = graph_arrangements(Artifact.open(f"{folder}/fp32"), cases)
-    return {
-        "fp16_loss": round(recall["fp32"] - recall["fp16"], 5),
-        "int8_loss": round(recall["fp32"] - recall["int8"], 5),
-        "recall@20": {name: round(value, 5) for name, value in recall.items()},
-        "num_cases": len(cases),
-        "arrangements": arrangements,
-    }
+        overrides = [f"export.precision={precision}", "export.index=Flat"]
+        path = export_run(run, out=folder, which="last", overrides=overrides)
+        tally = evaluate_artifact(Artifact.open(path), cases, ks=(20,), mask_seen=True, exact=True)
+    return {"recall@20": round(float(tally.figures()["recall@20"]), 5), "num_cases": len(cases)}
+
+
+def gowalla_arrangements(run: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
+        path = export_run(run, out=folder, which="last", overrides=["export.precision=fp32", "export.index=Flat"])
+        return graph_arrangements(Artifact.open(path), _gowalla_cases(run))
+
+
+def _gowalla_cases(run: Path) -> Cases:
+    os.environ["LEXSHARD_DATA"] = str(data_folder())
+    config, prepared = load_config(run / "config.toml", [f"run={run}"]), load_prepared(run)
+    return load_cases(config, prepared.keys, prepared.query_features, config.data.test)
 
 
 def graph_arrangements(artifact: Artifact, cases: Cases) -> dict[str, float]:

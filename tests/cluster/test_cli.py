@@ -182,6 +182,11 @@ class _Service(BaseHTTPRequestHandler):
         if "key=other" in self.path:  # some other service
             self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + self.other)
             return
+        if "key=closed" in self.path:
+            self.send_response(401)
+            self.end_headers()
+            self.wfile.write(b'{"error": {"code": "token_required", "message": "show the reading token"}}')
+            return
         known = "key=nobody" not in self.path
         answer = {"version": "v1", "items": [{"key": "os.path", "score": 0.5}, {"key": 7, "score": -1}]}
         body = json.dumps(answer if known else {"error": {"code": "key_not_found", "message": "no 'nobody'"}}).encode()
@@ -216,6 +221,12 @@ def test_query_asks_a_service(service: str, capsys: pytest.CaptureFixture[str]) 
 def test_query_passes_the_services_reason_on(service: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["query", service, "similar", "nobody"]) == 2
     assert capsys.readouterr().err == f"lexshard: error: {service} answered 404: no 'nobody'\n"
+
+
+def test_query_says_where_a_token_is_taken_from(service: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["query", service, "similar", "closed"]) == 2
+    told = capsys.readouterr().err
+    assert "answered 401: show the reading token; this command shows the one in the environment's LEXSHARD_READ" in told
 
 
 @pytest.mark.parametrize("body", [b"[]", b'{"items": 3}', b"{}", b"<html>", b"\xff"])
@@ -264,7 +275,7 @@ def test_query_for_a_user_of_a_model_without_users(tmp_path: Path, capsys: pytes
 
 def test_query_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["query", "http://127.0.0.1:1", "similar", "a"]) == 2
-    assert "http://127.0.0.1:1 does not answer" in capsys.readouterr().err
+    assert "nothing answers at http://127.0.0.1:1: Connection refused; is `lexshard serve`" in capsys.readouterr().err
 
 
 def test_train_passes_the_settings_on(

@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -25,7 +27,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.errors import ArtifactError, SettingError
+from cluster import grpc_addresses
+from cluster.errors import ArtifactError, LaunchError, SettingError
+from embedding_service import retrieval_pb2 as pb
 from embedding_service.app import Service, build, deployment_options, serve_artifact
 from embedding_service.artifact import Artifact, ArtifactWriter
 from embedding_service.http_artifact import http_api
@@ -34,6 +38,7 @@ from embedding_service.http_schema import ARROW_TYPE, Limits
 from embedding_service.instruments import BOUNDS_SECONDS
 from embedding_service.keys import Vocabulary
 from embedding_service.retrieval import Retriever
+from embedding_service.retrieval_pb2_grpc import RetrievalStub
 from embedding_service.service_args import MAX_ONGOING, MAX_QUEUED
 from embedding_service.service_metrics import METRICS
 from embedding_service.towers import TowerInput, TowerSpec
@@ -178,6 +183,31 @@ class TestAddress:
                 serve_artifact(folder, port=port)
             assert ray.is_initialized() == was_running
 
+    def test_grpc_has_a_port_of_its_own(self, folder: Path) -> None:
+        port = free_port()
+        with pytest.raises(SettingError, match=rf"^setting serve.grpc_port: {port} is serve.port: take another"):
+            serve_artifact(folder, port=port, grpc_port=port)
+        with socket.socket() as busy:
+            busy.bind(("127.0.0.1", 0))
+            busy.listen()
+            with pytest.raises(SettingError, match=r"^setting serve.grpc_port: \d+ is in use on 127.0.0.1"):
+                serve_artifact(folder, port=port, grpc_port=busy.getsockname()[1])
+
+    def test_grpc_needs_haproxy(self, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", str(tmp_path / "none"))
+        with pytest.raises(SettingError, match=r"^setting serve.grpc_port: needs HAProxy, which is not here"):
+            serve_artifact(folder, port=free_port(), grpc_port=free_port())
+
+    def test_grpc_needs_a_ray_that_listens_where_it_is_told(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from ray.serve._private import default_impl
+
+        monkeypatch.delattr(default_impl, "add_grpc_address")
+        with pytest.raises(LaunchError, match=r"cannot be told where its gRPC servers listen.*serve.grpc_port = 0"):
+            serve_artifact(folder, port=free_port(), grpc_port=free_port())
+        assert grpc_addresses.PROXY_ENVIRONMENT.keys() == {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"}
+
     def test_a_free_port_is_fine(self) -> None:
         check_port("127.0.0.1", free_port())
 
@@ -271,7 +301,8 @@ def service(folder: Path, log: Path) -> Iterator[Service]:
     already = ray.is_initialized()
     limits = Limits(max_k=20, max_body_bytes=100_000)
     told: dict[str, Any] = {"log_format": "json", "log_file": str(log), "probe_seconds": 1.0}
-    with serve_artifact(folder.parent, port=free_port(), threads=1, limits=limits, **told) as running:
+    ports = {"port": free_port(), "grpc_port": free_port()}
+    with serve_artifact(folder.parent, threads=1, limits=limits, **ports, **told) as running:
         yield running
     assert ray.is_initialized() == already
     with pytest.raises(ConnectionRefusedError):
@@ -320,6 +351,47 @@ class TestService:
         groups = [{group_of(key) for key in keys} for keys in table["keys"].to_pylist()]
         assert groups == [{g} for g in range(GROUPS) for _ in range(300)]
         assert table.schema.metadata == {b"version": folder.name.encode()}
+
+    def test_grpc(self, service: Service, folder: Path) -> None:
+        """What HTTP answers; errors have a status, a code and the request's id."""
+        with grpc.insecure_channel(service.grpc_address) as channel:
+            stub = RetrievalStub(channel)
+            found = stub.Similar(pb.SimilarRequest(key=pb.Key(string="item-2"), k=7), timeout=30)
+            asked = request(service, "GET", "/v1/similar?key=item-2&k=7")[1]
+            assert found.version == folder.name
+            assert list(found.answers[0].keys.strings) == keys_of(asked)
+            assert list(found.answers[0].scores) == [np.float32(item["score"]) for item in asked["items"]]
+            vectors = [pb.Vector(values=row) for row in np.repeat(np.eye(GROUPS, DIM), 300, axis=0)]
+            found = stub.Search(pb.SearchRequest(vectors=vectors, k=4), timeout=30)
+            groups = [{group_of(key) for key in answer.keys.strings} for answer in found.answers]
+            assert groups == [{g} for g in range(GROUPS) for _ in range(300)]
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Similar(
+                    pb.SimilarRequest(key=pb.Key(string="nope")), timeout=30, metadata=[("request_id", "mine")]
+                )
+            told = dict(caught.value.trailing_metadata())
+            assert (caught.value.code(), told["code"]) == (grpc.StatusCode.NOT_FOUND, "key_not_found")
+            assert told["request_id"] == "mine"
+            assert "'nope'" in caught.value.details()
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Search(pb.SearchRequest(vectors=vectors * 2), timeout=30)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert caught.value.details().startswith("the body is larger than the limit of 100000 bytes")
+
+    def test_it_listens_on_this_machine_alone(self, service: Service) -> None:
+        """But for HAProxy's statistics and metrics, and a replica's port for other deployments, which cannot be told.
+        gRPC is answered by HAProxy, the replica and Serve's own proxy.
+        """
+        listening = [
+            (one.name(), connection.laddr)
+            for one in psutil.Process().children(recursive=True)
+            for connection in one.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        ports = {address.port: address.ip for _, address in listening}
+        assert ports[int(service.grpc_address.rpartition(":")[2])] == "127.0.0.1"
+        beyond = Counter(name for name, address in listening if not address.ip.endswith(("127.0.0.1", "::1")))
+        assert beyond == {"haproxy": 2, "ray::ServeReplica:lexshard:retrieval": 1}
 
     def test_it_is_not_put_behind_other_processes(self, service: Service) -> None:
         """Ray would run its workers at niceness 15."""

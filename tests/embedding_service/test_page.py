@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -312,7 +313,7 @@ LISTING = {
     ]},
     "versions": [
         {"version": "v0", "traffic": {"requests": 7, "p50_ms": None, "p99_ms": None, "ctr": None}},
-        {"version": "v1", "traffic": {"requests": 1234, "p50_ms": 0.4, "p99_ms": 2.5, "ctr": 0.1, "ctr_low": 0.08,
+        {"version": "v1", "traffic": {"requests": 1234, "p50_ms": 0.4, "p99_ms": 1234.6, "ctr": 0.1, "ctr_low": 0.08,
          "ctr_high": 0.12}, "against": "v0",
          "gates": [{"gate": "ann_recall", "value": 0.97, "limit": 0.9, "passed": True, "note": ""},
                    {"gate": "coverage", "value": 0.7, "limit": 0.8, "passed": False, "note": "keys"}]},
@@ -340,8 +341,10 @@ def test_figures_of_the_version_and_a_roll_back_with_a_token(page: Any, service:
     sync_api.expect(probed["similar"]).to_have_text(low)
     sync_api.expect(probed["similar"]).to_have_class("bad")
     sync_api.expect(cards.first.locator("#probed-recommend")).to_be_visible()
+    sync_api.expect(cards.first).to_contain_text(re.compile(r"A query alone\d+(\.\d+)? µs"))
+    sync_api.expect(cards.first.locator("svg")).to_have_count(0)  # of exact search there is one point
     rows = page.locator("#version-rows tr")
-    sync_api.expect(rows.first).to_contain_text("v1live1,2340.400 ms2.50 ms10.0 % (8.0 to 12)1 of 2 missed")
+    sync_api.expect(rows.first).to_contain_text("v1live1,2340.400 ms1,235 ms10.0 % (8.0 to 12)1 of 2 missed")
     page.click("#roll-back")
     sync_api.expect(page.locator("#dialog-question")).to_have_text("Roll back to v0?")
     page.click("#dialog button[value=no]")

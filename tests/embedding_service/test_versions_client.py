@@ -121,7 +121,7 @@ def test_publishing_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["versions", "http://127.0.0.1:9", "remove", "v1", "--activate"]) == 2
     assert "--activate: is for export, not for remove" in capsys.readouterr().err
     assert main(["versions", "http://127.0.0.1:9"]) == 2
-    assert "http://127.0.0.1:9 does not answer as a lexshard service" in capsys.readouterr().err
+    assert "nothing answers at http://127.0.0.1:9: Connection refused; is `lexshard serve`" in capsys.readouterr().err
 
 
 def test_without_an_action_it_lists(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,9 @@ export function bytes(size) {
 
 export const count = (number) => number.toLocaleString("en");
 
+// So many significant digits, but never an exponent where the number is large: 1.23, 123, 1,234.
+export const digits = (number, num) => (Math.round(Math.abs(number)) >= 10 ** num ? count(Math.round(number)) : number.toPrecision(num));
+
 function filled(node, properties, children) {
   for (const [name, value] of Object.entries(properties)) {
     if (name.includes("-") || name === "role") node.setAttribute(name, value);
