@@ -131,15 +131,14 @@ class RecallProbe:
     def _judged(self, key: tuple[str, str], probed: Probed) -> Probed:
         """`probed` with `is_low` as it is now; a change is written down."""
         low = probed.measured - self._margin
-        told = {"version": key[0], "index": key[1], **probed.to_document()}
-        if probed.is_low and probed.recall >= low:
-            log_event(logger, "recall_recovered", **told)
-            return replace(probed, is_low=False)
         certainly = len(probed.recalls) >= LEAST_QUERIES and probed.recall + probed.half_width < low
-        if certainly and not probed.is_low:
-            log_event(logger, "recall_low", level=logging.WARNING, **told)
-            return replace(probed, is_low=True)
-        return probed
+        is_low = probed.recall < low if probed.is_low else certainly
+        if is_low == probed.is_low:
+            return probed
+        judged = replace(probed, is_low=is_low)
+        event, level = ("recall_low", logging.WARNING) if is_low else ("recall_recovered", logging.INFO)
+        log_event(logger, event, level=level, version=key[0], index=key[1], **judged.to_document())
+        return judged
 
 
 class _Retired(Exception):
