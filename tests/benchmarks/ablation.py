@@ -60,7 +60,7 @@ CHANGES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "history encoder": {
         "mean": ("model.history_decay=1",),
-        "recency .7": ("model.history_decay=.7",),
+        "recency .7": ("model.history_decay=0.7",),
         "last item": ('model.query=["last_item"]',),
     },
     "objective": {
