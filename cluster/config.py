@@ -333,7 +333,7 @@ class TrainSettings:
     )
     matmul: Literal["fp32", "bf16"] = setting(
         "fp32",
-        "numbers in the loss's matrix products; bf16: bfloat16, summed in float32, for CPUs and GPUs that have it",
+        "numbers in the loss's matrix products; bf16: bfloat16, faster where CPU or GPU has it",
         kind="two_tower",
     )
     learning_rate: float = setting(0.05, "peak learning rate of the tables", low=0.0)

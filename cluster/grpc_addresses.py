@@ -16,9 +16,13 @@ PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:i
 
 
 def listen_on_node() -> None:
-    """Have the gRPC servers that Serve starts in this process from now on listen on the node's address only."""
+    """Have the gRPC servers that Serve starts in this process from now on listen on the node's address only.
+
+    Raises LaunchError for a Ray with which they would listen on all.
+    """
     from ray.serve._private import default_impl
 
+    check_ray()
     vars(default_impl)["add_grpc_address"] = _add_node_address
 
 

@@ -48,7 +48,7 @@ _START_SECONDS = 120.0
 _STOP_SECONDS = 20.0  # twice what a replica takes at most
 _CHECK_SECONDS = 0.5
 _POLL_SECONDS = 0.05
-_MAX_ANSWER_BYTES = 64 * 2**20  # over gRPC: a million keys of 40 characters, with scores
+_LEAST_MESSAGE_BYTES = 4 * 2**20  # gRPC's own limit of a message
 _SHARD_CHECK_SECONDS = 2.0  # within which Serve notices that a shard has ended
 
 
@@ -95,14 +95,14 @@ def deployment_options(
     """Options of `serve.deployment` for replicas in high-throughput mode, with that many threads in each.
 
     With `max_replicas` there are as many, from `replicas` on, as bring each near `target_ongoing_requests`. A gRPC
-    message of more than `max_body_bytes`, and than any answer has, is refused before it is read.
+    message or answer of more than `max_body_bytes`, and 4 MiB, is refused before it is parsed or sent.
     """
     environment = {
         "OMP_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",  # numpy's others spin for a while after each product, on cores that HAProxy needs
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_LOG_TO_STDERR": "1",  # warnings and errors only, see _QUIET
-        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max(max_body_bytes + 1024, _MAX_ANSWER_BYTES)),
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max(max_body_bytes + 1024, _LEAST_MESSAGE_BYTES)),
         **http_unwatched.ENVIRONMENT,
     }
     resources = {"num_cpus": threads, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}

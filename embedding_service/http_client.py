@@ -38,11 +38,13 @@ def ask(service: str, method: str, path: str, body: Any = None, *, token_file: s
         problem = f"{service} answered {error.code}: {_reason(error.read(2**20))}"
         if error.code == 401:
             accepted = f"{READ_VARIABLE} or {CHANGE_VARIABLE}" if method == "GET" else CHANGE_VARIABLE
-            problem += f"; this command shows the one in the environment's {accepted}"
+            shown = f"in {token_file}" if token_file else f"in the environment's {accepted}"
+            problem += f"; this command shows the one {shown}"
         raise LexshardError(problem) from None
     except URLError as error:
         problem = str(getattr(error.reason, "strerror", None) or error.reason)
-        raise LexshardError(f"nothing answers at {service}: {problem}; is `lexshard serve` running there?") from None
+        hint = "; is `lexshard serve` running there?" if isinstance(error.reason, ConnectionRefusedError) else ""
+        raise LexshardError(f"nothing answers at {service}: {problem}{hint}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         problem = str(error) or type(error).__name__
         raise LexshardError(f"{service} does not answer as a lexshard service: {problem}") from None

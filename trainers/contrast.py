@@ -58,7 +58,7 @@ class ContrastSpec:
 
     @property
     def products(self) -> torch.dtype | None:
-        """What the factors of matrix products are rounded to; None: they are not."""
+        """What matrix products are rounded to; None: they are not."""
         return torch.bfloat16 if self.matmul == "bf16" else None
 
 

@@ -21,8 +21,8 @@ _WEIGHTS_PER_ROW = 4  # of learned weights, at most, for every shared row
 _STAGES = ((False, 10.0), (True, 2.0), (False, 50.0), (True, 10.0))
 _HARMLESS = 2.0  # compression from which the items' ranking loses what is worth a word
 # Share of the exact table's Recall@20 that remains where ITEMS share rows: Gowalla's two-tower recipe, on test, after a
-# third of its epochs (the maps that were trained to the end kept the same); Diginetica is within five points of it but
-# for one hash, which does better there. From tests/benchmarks/hash_quality.py.
+# third of its epochs (the maps that were trained to the end kept the same). On Diginetica a tenth of the bytes keeps 6
+# to 11 points less, and one hash more. From tests/benchmarks/hash_quality.py.
 _MEASURED = {
     "head_tail": "head + tail kept 93 % of Recall@20 in half the bytes and 71 % in a tenth",
     "hashed": "two hashes kept 90 % of Recall@20 in half the bytes and 68 % in a tenth, one hash 46 % and 9 %",

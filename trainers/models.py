@@ -111,10 +111,10 @@ def check_device(config: Config, device: torch.device) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether matrix products of bfloat16 are faster than those of float32: AVX-512 BF16, AMX, CUDA from Ampere on."""
+    """Whether the device multiplies bfloat16 by itself: AVX-512 BF16, AMX, ARM's BF16, CUDA from Ampere on."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _check_history(model: ModelSettings) -> None:

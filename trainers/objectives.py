@@ -33,8 +33,8 @@ def info_nce(
     holds the batch's positives, each query's own place must be one of them. Order: temperature, log_q, mask.
 
     query, positive: float [n, d]; pool: float [c, d]; log_q: float [c]; positive_log_q: float [n]; hits: int64 [p],
-    places i * c + j, queries in order. products: dtype to which the factors of the matrix products with the pool are
-    rounded, bfloat16 or None; positives, softmax and sums are not. Returns a scalar; the gradient reaches query,
+    places i * c + j, queries in order. products: dtype to which the factors and results of the matrix products with
+    the pool are rounded, bfloat16 or None; positives and softmax are not. Returns a scalar; the gradient reaches query,
     positive, pool and scale.
     """
     return _InfoNCE.apply(query, positive, pool, log_q, positive_log_q, hits, scale, products)  # type: ignore[no-any-return, no-untyped-call]
@@ -170,7 +170,7 @@ def triplet(
 
 
 def _similarities(query: Tensor, pool: Tensor, products: torch.dtype | None) -> Tensor:
-    """query @ pool.T of factors rounded to `products`: [n, c], with the dtype of `query`."""
+    """query @ pool.T, factors and result rounded to `products`: [n, c], with the dtype of `query`."""
     return query @ pool.T if products is None else (query.to(products) @ pool.to(products).T).to(query.dtype)
 
 

@@ -46,7 +46,8 @@ def test_settings_that_fit_are_not() -> None:
 
 
 @pytest.mark.parametrize(("matmul", "instructions", "is_refused"), [
-    ("bf16", [], True), ("bf16", ["avx512_f"], True), ("bf16", ["avx512_bf16"], False), ("fp32", [], False),
+    ("bf16", [], True), ("bf16", ["avx512_f"], True), ("bf16", ["avx512_bf16"], False), ("bf16", ["bf16"], False),
+    ("fp32", [], False),
 ])  # fmt: skip
 def test_bfloat16_is_refused_where_the_cpu_has_none(
     matmul: str, instructions: list[str], is_refused: bool, monkeypatch: pytest.MonkeyPatch

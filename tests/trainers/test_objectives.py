@@ -77,12 +77,12 @@ def test_info_nce_with_products_of_bfloat16_is_close() -> None:
 
     def gradients(products: torch.dtype | None) -> list[Tensor]:
         loss = info_nce(
-            query, positive, pool, log_q=log_q, positive_log_q=own, hits=hits, scale=10.0, products=products
+            query, positive, pool, log_q=log_q, positive_log_q=own, hits=hits, scale=20.0, products=products
         )
         return [loss, *torch.autograd.grad(loss, (query, positive, pool))]
 
     for found, wanted in zip(gradients(torch.bfloat16), gradients(None), strict=True):
-        assert 0.0 < (found - wanted).norm() < 0.01 * wanted.norm()  # bfloat16 has 8 significant bits
+        assert 0.0 < (found - wanted).norm() < 0.02 * wanted.norm()  # bfloat16 has 8 significant bits
 
 
 @pytest.mark.parametrize("objective", ["ccl", "triplet"])
