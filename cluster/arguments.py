@@ -190,10 +190,9 @@ def _add_serving(add: Add) -> None:
     )
     about = "the version; publish: its folder; export: a run below serve.runs"
     sub.add_argument("name", metavar="VERSION", nargs="?", default="", help=about)
-    sub.add_argument(
-        "--share", type=float, default=0.1, metavar="N", help="canary: of the callers; 0 ends it (default 0.1)"
-    )
+    sub.add_argument("--share", type=float, metavar="N", help="canary: of the callers; 0 ends it (default 0.1)")
     sub.add_argument("--force", action="store_true", help="activate, canary: although the gates say no")
+    sub.add_argument("--which", choices=("best", "last"), help="export: the run's checkpoint (default best)")
     sub.add_argument("--activate", action="store_true", help="export: make the version live then, if the gates say so")
     sub.add_argument("--token-file", default="", metavar="FILE", help="the service's token (default: $LEXSHARD_TOKEN)")
     sub.add_argument("--json", action="store_true", help="for programs")

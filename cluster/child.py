@@ -21,14 +21,19 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def child_command(module: str, *arguments: str) -> list[str]:
-    """The command of `python -m module arguments...` as a child of this process. Start it in `child_environment`."""
-    return [sys.executable, "-m", "cluster.child", str(os.getpid()), sys.executable, "-m", module, *arguments]
+    """The command of `python -m module arguments...` as a child of this process. Start it in `child_environment`.
+
+    Nothing is imported from the folder that it is started in, which `-m` alone would look into first of all.
+    """
+    python = [sys.executable, "-P", "-m"]
+    return [*python, "cluster.child", str(os.getpid()), *python, module, *arguments]
 
 
 def child_environment(*, without: Collection[str]) -> dict[str, str]:
     """This process's environment but for the variables `without`; our packages are found from any folder."""
     root = str(Path(__file__).parents[1])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    paths = [root, *map(os.path.abspath, given)]  # relative to here, not to where the child is started
     ours = {name: value for name, value in os.environ.items() if name not in without}
     return {**ours, "PYTHONPATH": os.pathsep.join(paths)}
 

@@ -15,6 +15,7 @@ from cluster.arguments import build_parser
 from cluster.errors import ArtifactError, LexshardError, SettingError
 
 Arguments = argparse.Namespace
+_CANARY_SHARE = 0.1  # of the callers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -329,8 +330,14 @@ def _versions(args: Arguments) -> int:
     if needs_name and not args.name:
         name = "RUN" if args.action == "export" else "VERSION"
         raise SettingError(name, f"is needed: lexshard versions {args.where} {args.action} ...")
-    if args.activate and args.action != "export":
-        raise SettingError("--activate", f"is for export, not for {args.action}")
+    for option, given, meant in (
+        ("--activate", args.activate, ("export",)),
+        ("--which", args.which is not None, ("export",)),
+        ("--force", args.force, ("activate", "canary")),
+        ("--share", args.share is not None, ("canary",)),
+    ):
+        if given and args.action not in meant:
+            raise SettingError(option, f"is for {' or '.join(meant)}, not for {args.action}")
     if args.action == "list":
         told, lines = listing(args.where, token_file=args.token_file)
     elif args.action == "publish":
@@ -338,10 +345,15 @@ def _versions(args: Arguments) -> int:
     elif args.action == "export":
         with watching(every_seconds=0.0) as listener:
             told, lines = export(
-                args.where, args.name, activate=args.activate, token_file=args.token_file, on_event=listener
+                args.where,
+                args.name,
+                activate=args.activate,
+                which=args.which or "best",
+                token_file=args.token_file,
+                on_event=listener,
             )
     else:
-        share = args.share if args.action == "canary" else None
+        share = None if args.action != "canary" else _CANARY_SHARE if args.share is None else args.share
         told, lines = change(
             args.where, args.action, args.name, share=share, force=args.force, token_file=args.token_file
         )

@@ -27,7 +27,7 @@ MAX_KEPT = 50
 MAX_RECORD_BYTES = 64 * 1024
 _TRIES = 50  # a reader holds the lock for a moment, to see whether it is held
 _PAUSE_SECONDS = 0.01
-INTERRUPTED = "the service that worked on it was stopped; export the run again, it goes on where it was"
+INTERRUPTED = "the replica that worked on it was stopped; export the run again, it goes on where it was"
 
 
 class ExportRecords:
@@ -50,6 +50,16 @@ class ExportRecords:
                     raise
             time.sleep(_PAUSE_SECONDS)
         raise AssertionError("unreachable")
+
+    def end_those_left(self) -> None:
+        """Note as interrupted what goes on: for whoever has just claimed the folder, before it writes a record.
+
+        Else they would be read as going on again, as long as the lock is held.
+        """
+        for name in self._names():
+            record = self._read(name.removesuffix(".json"))
+            if record is not None and _goes_on(record):
+                self.write(_interrupted(record))
 
     def new_id(self) -> str:
         return f"{time.time_ns():016x}"
@@ -118,5 +128,5 @@ def _goes_on(record: Mapping[str, Any]) -> bool:
 def _interrupted(record: dict[str, Any]) -> dict[str, Any]:
     if record["state"] == "running":
         return {**record, "state": "interrupted", "message": INTERRUPTED}
-    reason = "the service was stopped meanwhile; activate the version"
+    reason = "its replica was stopped meanwhile; activate the version"
     return {**record, "activation": {"state": "interrupted", "reason": reason}}

@@ -2,7 +2,7 @@
 
 No training code is imported: the command does the work, on threads or, where the run's config or RAY_ADDRESS names a
 Ray cluster, as Ray tasks, and tells line by line how far it is. It is given no token, runs at low priority, and ends
-with the service. What it has done by then is kept, and the next export of the same run goes on with it.
+with the replica that was asked. What it has done by then is kept, and the next export of the same run goes on with it.
 
 The version appears beside the others and nothing else changes: what is current stays so, and what is live too, unless
 the export was asked to activate it, which the gates decide.
@@ -42,6 +42,7 @@ _LAST_LINES = 5  # of what a command said that are told if it failed without a w
 _MAX_MESSAGE = 2000
 _MAX_CONFIG_BYTES = 2**20
 _ERROR = "lexshard: error: "
+_NOT_GIVEN = VARIABLES | {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"}  # which are set for the replica's questions
 
 
 class Exports:
@@ -67,6 +68,7 @@ class Exports:
         folder = self._run_folder(run)
         handle = self.records.claim()
         try:
+            self.records.end_those_left()
             record: Record = {
                 "id": self.records.new_id(),
                 "run": run,
@@ -124,9 +126,7 @@ class Exports:
             self._export(folder, record)
             record["seconds"] = round(time.time() - record["began"], 1)
             if record["state"] == "published" and record["activate"]:
-                record["activation"] = {"state": "checking"}
-                self.records.write(record)
-                record["activation"] = self._activated(record["version"])
+                record["activation"] = self._activated(record)
         except (LexshardError, OSError) as error:
             record |= {"state": "failed", "message": str(error)[:_MAX_MESSAGE]}
         except Exception as error:  # a bug of ours must not leave it "running" for ever
@@ -172,21 +172,28 @@ class Exports:
         """Read what the command tells until it ends; returns the version that it has published, "" if none."""
         published, noted = "", time.monotonic()
         assert process.stdout is not None
-        for line in process.stdout:
-            event = _event_of(line)
-            if event is None:
-                said.append(line.strip())
-                continue
-            if event["kind"] == "published":
-                published = str(event["version"])
-                continue
-            record |= {name: event[name] for name in ("share", "shards_done", "num_shards") if name in event}
-            record["message"] = str(event.get("text", record["message"]))[:_MAX_MESSAGE]
-            if time.monotonic() - noted > _NOTE_SECONDS:
-                noted = time.monotonic()
-                self.records.write(record)
+        with process.stdout as lines:
+            for line in lines:
+                event = _event_of(line)
+                if event is None:
+                    said.append(line.strip())
+                    continue
+                if event["kind"] == "published":
+                    published = str(event["version"])
+                    continue
+                record |= {name: event[name] for name in ("share", "shards_done", "num_shards") if name in event}
+                record["message"] = str(event.get("text", record["message"]))[:_MAX_MESSAGE]
+                if time.monotonic() - noted > _NOTE_SECONDS:
+                    noted = time.monotonic()
+                    self._note_progress(record)
         process.wait()
         return published
+
+    def _note_progress(self, record: Record) -> None:
+        try:
+            self.records.write(record)
+        except OSError as error:  # the export is worth more than the news of it
+            logger.warning("how far the export %s is cannot be noted: %s", record["id"], error)
 
     def _started(self, folder: Path, which: Which) -> subprocess.Popen[str] | None:
         """The command's process; None if the service is about to end."""
@@ -203,18 +210,25 @@ class Exports:
                 text=True,
                 errors="replace",
                 cwd=_began_in(folder),
-                env=child_environment(without=VARIABLES),
+                env=child_environment(without=_NOT_GIVEN),
             )
             return self._process
 
-    def _activated(self, version: str) -> Record:
+    def _activated(self, record: Record) -> Record:
+        """How the activation of what was published ends; whatever happens to it, published it stays."""
         try:
-            told = self._activate(version)
+            self.records.write({**record, "activation": {"state": "checking"}})
+            told = self._activate(record["version"])
         except BlockingIOError:
             reason = "another activation runs; activate the version when it has ended"
             return {"state": "refused", "reason": reason}
         except OSError as error:
             return {"state": "refused", "reason": f"it cannot be noted: {error.strerror or error}"}
+        except LexshardError as error:
+            return {"state": "refused", "reason": str(error)[:_MAX_MESSAGE]}
+        except Exception as error:  # a bug of ours
+            logger.exception("activating %s failed", record["version"])
+            return {"state": "refused", "reason": f"failed inside the service ({type(error).__name__})"}
         return {"state": told.get("state", "refused"), "reason": told.get("reason", "")}
 
 

@@ -20,9 +20,9 @@ _CHALLENGE = ((b"www-authenticate", b"Bearer"),)
 
 @dataclass(frozen=True)
 class Access:
-    """`change`: what endpoints that change something ask for; without it they answer nobody. `read`: what the others
-    ask for, besides `change`, which opens them too; without it they answer everybody. `feedback`: what clicks must be
-    told with, in place of `read`, where clients that read are not trusted to count.
+    """`change`: what endpoints that change something, or tell of exports, ask for; without it they answer nobody.
+    `read`: what the others ask for, besides `change`, which opens them too; without it they answer everybody.
+    `feedback`: what clicks must be told with, in place of `read`, where clients that read are not trusted to count.
     """
 
     change: bytes | None = field(default=None, repr=False)

@@ -5,7 +5,8 @@
     GET  /v1/exports/{id}
 
 An export takes seconds to hours: it is answered with 202 and its record, whose `state` is running, then published,
-failed or interrupted.
+failed or interrupted. All three need the token for changes: why an export has failed may quote what its config takes
+from the environment.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ class Export(Strict):
     activate: bool = Field(False, description="make the version live if the gates say so")
 
 
+_TOKEN = {"401": "without the token", "403": "changes are switched off"}
+
 OPERATIONS = (
-    Operation("GET", EXPORTS, "exports and how they go", errors={"401": "without the token"}),
+    Operation("GET", EXPORTS, "exports and how they go", token=True, errors=_TOKEN),
     Operation(
         "POST",
         EXPORTS,
@@ -59,8 +62,9 @@ OPERATIONS = (
         "GET",
         ONE_EXPORT,
         "an export and how it goes",
+        token=True,
         names={"id": RECORD_ID.pattern},
-        errors={"400": "that is no export's id", "401": "without the token", "404": "there is no such export"},
+        errors=_TOKEN | {"400": "that is no export's id", "404": "there is no such export"},
     ),
 )
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cluster.errors import SettingError
 from embedding_service.artifact import MANIFEST, Artifact
 from embedding_service.gates import Gates
-from embedding_service.http_access import Access, find_access
+from embedding_service.http_access import CHANGE_VARIABLE, Access, find_access
 from embedding_service.http_artifact import check_servable
 from embedding_service.http_schema import Limits
 from embedding_service.index_plan import MAX_SHARDS
@@ -131,10 +131,22 @@ def begin_with(settings: ServiceArgs) -> ServiceArgs:
     if store is not None and state is not None:
         artifact = Artifact.open(store.folder(state.live), verify=False)
     check_servable(artifact)
-    if settings.runs and not Path(settings.runs).is_dir():
-        raise SettingError("serve.runs", f"{settings.runs}: there is no such folder; name the one that runs lie below")
+    if settings.runs:
+        _check_runs(settings, store)
     if settings.shards:
         for name in artifact.manifest["indexes"]:
             shards_of(artifact, name, 0, settings.shards)
     runs = {"runs": str(Path(settings.runs).absolute())} if settings.runs else {}
     return settings.model_copy(update={"artifact": str(path), "start": artifact.path.name} | runs)
+
+
+def _check_runs(settings: ServiceArgs, store: VersionStore | None) -> None:
+    """Raise SettingError where no run could be exported."""
+    if not Path(settings.runs).is_dir():
+        raise SettingError("serve.runs", f"{settings.runs}: there is no such folder; name the one that runs lie below")
+    if store is None:
+        message = f"{settings.artifact} is the folder of one version, beside which nothing is exported: serve the root"
+        raise SettingError("serve.runs", f"{message} that it lies in, or leave serve.runs out")
+    if settings.access().change is None:
+        message = f"exports need the token for changes: set serve.token_file or {CHANGE_VARIABLE}"
+        raise SettingError("serve.runs", f"{message}, or leave serve.runs out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from cluster.console import Event, table
 from cluster.errors import ArtifactError, LexshardError
@@ -55,13 +55,23 @@ def publish(where: str, source: str, *, token_file: str = "") -> Told:
     return told, [told["version"]]
 
 
-def export(service: str, run: str, *, activate: bool, token_file: str = "", on_event: Callable[[Event], None]) -> Told:
+def export(
+    service: str,
+    run: str,
+    *,
+    activate: bool,
+    which: Literal["best", "last"] = "best",
+    token_file: str = "",
+    on_event: Callable[[Event], None],
+) -> Told:
     """Have a run below the service's serve.runs exported, and wait for it; with `activate` it is to go live then.
 
-    on_event: told of progress, as `trainers.export.export_run` tells. Interrupted, the export goes on without its
-    listener. Raises LexshardError with the reason where it fails or is refused.
+    which: of the run's checkpoints. on_event: told of progress, as `trainers.export.export_run` tells.
+    Interrupted, the export goes on without its listener. Raises LexshardError with the reason where it fails or is
+    refused.
     """
-    told = ask(service, "POST", "/v1/exports", {"run": run, "activate": activate}, token_file=token_file)
+    asked = {"run": run, "which": which, "activate": activate}
+    told = ask(service, "POST", "/v1/exports", asked, token_file=token_file)
     said = None
     while told["state"] == "running" or (told["activation"] or {}).get("state") == "checking":
         activating = told["state"] != "running"

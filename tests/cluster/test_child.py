@@ -17,15 +17,22 @@ def run(command: list[str], **options: object) -> subprocess.CompletedProcess[st
 
 
 def test_it_becomes_the_command_at_low_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From any folder, with the environment but for what is left out."""
-    (tmp_path / "told.py").write_text(
-        "import cluster.child, os, sys\n"
+    """From any folder, with the environment but for what is left out; nothing is imported from that folder."""
+    modules, elsewhere = tmp_path / "modules", tmp_path / "elsewhere"
+    modules.mkdir()
+    (elsewhere / "cluster").mkdir(parents=True)
+    for decoy in ("json.py", "told.py", "cluster/__init__.py", "cluster/child.py"):
+        (elsewhere / decoy).write_text("raise SystemExit('a decoy was imported')\n")
+    (modules / "told.py").write_text(
+        "import cluster.child, json, os, sys\n"
         "print(os.getppid(), os.nice(0), sys.argv[1:], 'SECRET' in os.environ, 'OTHER' in os.environ)\n"
         "sys.exit(7)\n"
     )
     monkeypatch.setenv("SECRET", "x")
     monkeypatch.setenv("OTHER", "x")
-    done = run(child_command("told", "a b", "--c"), cwd=tmp_path, env=child_environment(without={"SECRET"}))
+    monkeypatch.setenv("PYTHONPATH", "modules")
+    monkeypatch.chdir(tmp_path)
+    done = run(child_command("told", "a b", "--c"), cwd=elsewhere, env=child_environment(without={"SECRET"}))
     niceness = min(19, os.nice(0) + 10)
     assert (done.returncode, done.stdout) == (7, f"{os.getpid()} {niceness} ['a b', '--c'] False True\n"), done.stderr
 

@@ -153,6 +153,20 @@ class TestWithoutRay:
         with pytest.raises(SettingError, match=r"^setting serve.max_replicas: 1 is less than replicas = 2"):
             serve_artifact(folder, port=free_port(), replicas=2, max_replicas=1)
 
+    def test_exports_need_a_root_and_a_token(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("LEXSHARD_TOKEN", raising=False)
+        args = {"artifact": str(folder.parent), "runs": str(tmp_path)}
+        with pytest.raises(SettingError, match=r"^setting serve.runs: .*/none: there is no such folder"):
+            build({**args, "runs": str(tmp_path / "none")})
+        with pytest.raises(SettingError, match=r"^setting serve.runs: exports need the token .* or LEXSHARD_TOKEN"):
+            build(args)
+        monkeypatch.setenv("LEXSHARD_TOKEN", "a-token-of-the-tests")
+        build(args)
+        with pytest.raises(SettingError, match=r"^setting serve.runs: .* is the folder of one version"):
+            build({**args, "artifact": str(folder)})
+
     def test_a_missing_artifact_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match="there is no such artifact folder"):
             build({"artifact": str(tmp_path / "none")})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,6 +202,11 @@ def test_what_is_no_run_below_the_root(service: LocalService, tmp_path: Path) ->
 
 def test_the_token_and_the_setting_are_needed(service: LocalService) -> None:
     assert service.ask("POST", "/v1/exports", {"run": "clicks"}, token=b"").error[:2] == (401, "token_required")
+    for path in ("/v1/exports", "/v1/exports/0123456789abcdef"):  # why one has failed may quote the environment
+        assert service.ask("GET", path, token=b"").error[:2] == (401, "token_required")
+    described = json.loads(service.ask("GET", "/openapi.json").body)["paths"]
+    for path in ("/v1/exports", "/v1/exports/{id}"):
+        assert described[path]["get"]["security"] == [{"token": []}]
     assert service.ask("POST", "/v1/exports", {"run": "clicks", "what": 1}).error[:2] == (400, "unknown_field")
     assert service.ask("POST", "/v1/exports/0123456789abcdef").error[:2] == (405, "method_not_allowed")
     assert service.ask("GET", "/v1/exports/0123456789abcdef").error[:2] == (404, "unknown_export")
@@ -218,8 +225,12 @@ def test_one_at_a_time_with_progress_and_without_tokens(
     secret = "a-secret-of-the-tests"
     for name in ("LEXSHARD_TOKEN", "LEXSHARD_READ_TOKEN", "LEXSHARD_FEEDBACK_TOKEN", "LEXSHARD_OTHER"):
         monkeypatch.setenv(name, secret)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "1")
     begun = begin(service)
     given = slow.environment()
+    assert not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & given.keys(), "those of the replica"
+    assert given["CUDA_VISIBLE_DEVICES"] == "1"
     assert [name for name, value in given.items() if value == secret] == ["LEXSHARD_OTHER"]
     told = ended(service, begun["id"], until=lambda one: one["shards_done"] == 1)
     assert (told["state"], told["share"], told["num_shards"], told["message"]) == ("running", 0.5, 2, "1 of 2")
@@ -256,26 +267,92 @@ def test_a_service_that_stops_leaves_no_process(service: LocalService, slow: Slo
 def test_a_service_that_is_killed_takes_the_process_along(trained: Path, slow: Slow, tmp_path: Path) -> None:
     """The kernel ends it; the lock is gone with the process that held it, and the record is read as interrupted."""
     publish(tmp_path / "root", version="a", num_items=60)
-    reader, writer = os.pipe()
-    parent = os.fork()
-    if not parent:  # what a replica has of an export, in a process that can be killed
-        from embedding_service.versions import VersionStore
-
-        made = exports.Exports(VersionStore(tmp_path / "root"), trained / "runs", lambda version: {})
-        made.begin("clicks")
-        os.write(writer, b"begun")
-        signal.pause()
-    assert os.read(reader, 5) == b"begun"
-    os.close(reader)
-    os.close(writer)
-    slow.environment()
-    (process,) = children()
-    os.kill(parent, signal.SIGKILL)
-    os.waitpid(parent, 0)
+    replica = tmp_path / "replica.py"  # what a replica has of an export, in a process that can be killed
+    replica.write_text(
+        "import signal, sys\n"
+        "from pathlib import Path\n"
+        "from cluster import child\n"
+        "from embedding_service import exports\n"
+        "from embedding_service.versions import VersionStore\n"
+        "exports.child_command = lambda _, *arguments: [*child.child_command('slow_export'), *arguments]\n"
+        "root, runs = map(Path, sys.argv[1:])\n"
+        "exports.Exports(VersionStore(root), runs, lambda version: {}).begin('clicks')\n"
+        "signal.pause()\n"
+    )
+    command = [sys.executable, str(replica), str(tmp_path / "root"), str(trained / "runs")]
+    parent = subprocess.Popen(command, env=child.child_environment(without=()))
+    try:
+        slow.environment()
+        (process,) = children()
+    finally:
+        parent.kill()
+        parent.wait(GIVE_UP_SECONDS)
     psutil.wait_procs([process], timeout=GIVE_UP_SECONDS)
     assert not process.is_running()
     (told,) = ExportRecords(tmp_path / "root" / ".serving" / "exports").all()
     assert told["state"] == "interrupted"
+
+
+def test_what_a_killed_replica_left_does_not_go_on_with_the_next_export(service: LocalService, slow: Slow) -> None:
+    records = ExportRecords(service.root / ".serving" / "exports")
+    os.close(records.claim())
+    left = {"run": "clicks", "began": 0.0, "version": None, "activation": None}
+    records.write({**left, "id": f"{1:016x}", "state": "running"})
+    records.write({**left, "id": f"{2:016x}", "state": "published", "activation": {"state": "checking"}})
+    records.write({**left, "id": f"{3:016x}", "state": "failed"})
+    begun = begin(service)
+    slow.environment()
+    told = {one["id"]: one for one in service.ask("GET", "/v1/exports").json["exports"]}
+    assert told[begun["id"]]["state"] == "running"
+    assert told[f"{1:016x}"]["state"] == "interrupted"
+    assert told[f"{2:016x}"]["state"] == "published"
+    assert told[f"{2:016x}"]["activation"]["state"] == "interrupted"
+    assert told[f"{3:016x}"]["state"] == "failed"
+
+
+def test_an_export_goes_on_where_its_progress_cannot_be_noted(
+    service: LocalService, slow: Slow, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write, begun = ExportRecords.write, begin(service)
+
+    def full(self: ExportRecords, record: Any) -> None:
+        if record["state"] == "running":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, record)
+
+    monkeypatch.setattr(ExportRecords, "write", full)
+    slow.environment()
+    slow.go.write_text("3")
+    told = ended(service, begun["id"])
+    assert told["message"] == "the export's process ended with status 3: a warning of some library"
+    assert "cannot be noted: [Errno 28]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "it cannot be noted: No space left on device"),
+        (RuntimeError("a bug"), "failed inside the service (RuntimeError)"),
+    ],
+)
+def test_a_published_version_stays_so_whatever_happens_to_its_activation(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    write = ExportRecords.write
+
+    def fails(self: ExportRecords, record: Any) -> None:
+        if record["activation"] == {"state": "checking"}:
+            raise error
+        write(self, record)
+
+    def published(self: exports.Exports, folder: Path, record: Any) -> None:
+        record |= {"state": "published", "message": "published as version a", "version": "a"}
+
+    monkeypatch.setattr(ExportRecords, "write", fails)
+    monkeypatch.setattr(exports.Exports, "_export", published)
+    told = ended(service, begin(service, activate=True)["id"])
+    assert (told["state"], told["version"]) == ("published", "a")
+    assert told["activation"] == {"state": "refused", "reason": reason}
 
 
 class TestRecords:

@@ -87,7 +87,8 @@ def test_an_export_is_followed_to_its_end(asked: list[Any]) -> None:
     ANSWERS[:] = [record, halfway, halfway, done]
     assert export(False) == ["v2"]
     assert [line_of(event) for event in heard] == ["starting", " 50.0%  shard 1 of 2: 60 of 120 vectors"]
-    assert asked[:2] == [("POST", "/v1/exports", {"run": "clicks", "activate": False}), ("GET", "/v1/exports/0a", None)]
+    sent = {"run": "clicks", "which": "best", "activate": False}
+    assert asked[:2] == [("POST", "/v1/exports", sent), ("GET", "/v1/exports/0a", None)]
     ANSWERS[:] = [record, checking, {**done, "activation": {"state": "live", "reason": ""}}]
     assert export(True) == ["v2"]
     assert line_of(heard[-1]) == "100.0%  shard 1 of 2: published as version v2; the gates judge it"
@@ -120,6 +121,11 @@ def test_publishing_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "setting RUN: is needed: lexshard versions http://127.0.0.1:9 export" in capsys.readouterr().err
     assert main(["versions", "http://127.0.0.1:9", "remove", "v1", "--activate"]) == 2
     assert "--activate: is for export, not for remove" in capsys.readouterr().err
+    for option, meant in ((["--force"], "activate or canary"), (["--share", "0.5"], "canary")):
+        assert main(["versions", "http://127.0.0.1:9", "export", "clicks", *option]) == 2
+        assert f"{option[0]}: is for {meant}, not for export" in capsys.readouterr().err
+    assert main(["versions", "http://127.0.0.1:9", "activate", "v1", "--which", "last"]) == 2
+    assert "--which: is for export, not for activate" in capsys.readouterr().err
     assert main(["versions", "http://127.0.0.1:9"]) == 2
     assert "nothing answers at http://127.0.0.1:9: Connection refused; is `lexshard serve`" in capsys.readouterr().err
 
