@@ -28,10 +28,9 @@ import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
-from tests.benchmarks.recipes import RECIPES, progress, train_recipe
+from tests.benchmarks.recipes import RECIPES, Kept, train_recipe
 
 Job = tuple[int, str, str, str]  # seed, data set, group, name
 Run = dict[str, float]
@@ -83,40 +82,22 @@ def main() -> None:
     datasets = arguments.dataset or sorted(METRICS)
     jobs = [(seed, *job) for seed in range(seeds) for dataset in datasets for job in variants(dataset)]
     began = time.monotonic()
-    kept = Kept(arguments.folder, epochs)
+    kept = Kept(arguments.folder, f"ablation.{epochs}")
 
     def run(job: Job) -> Run | None:
-        found = kept.get(job)
-        if found is None and time.monotonic() - began < 60 * arguments.minutes:
-            found = measure(*job, epochs)
-            kept.put(job, found)
-            progress(f"{time.monotonic() - began:.0f} s: {' / '.join(map(str, job))}: {found}")
+        seed, dataset, group, name = job
+        found: Run | None = kept.get(
+            f"{dataset}_two_tower",
+            f"{seed} / {group} / {name}",
+            lambda: measure(*job, epochs),
+            deadline=began + 60 * arguments.minutes,
+        )
         return found
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         runs = dict(zip(jobs, pool.map(run, jobs), strict=True))
     result: dict[str, Any] = {dataset: table(dataset, seeds, runs) for dataset in datasets}
     print(json.dumps(result | {"epochs": epochs, "wall_seconds": round(time.monotonic() - began)}))
-
-
-class Kept:
-    """Runs that have been made, in a file if there is a folder."""
-
-    def __init__(self, folder: Path | None, epochs: int) -> None:
-        self._file = None if folder is None else folder / f"ablation.{epochs}.json"
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._found: dict[str, Run] = json.loads(self._file.read_text()) if self._file and self._file.exists() else {}
-        self._changing = Lock()
-
-    def get(self, job: Job) -> Run | None:
-        return self._found.get(" / ".join(map(str, job)))
-
-    def put(self, job: Job, run: Run) -> None:
-        with self._changing:
-            self._found[" / ".join(map(str, job))] = run
-            if self._file is not None:
-                self._file.write_text(json.dumps(self._found, indent=1))
 
 
 def variants(dataset: str) -> list[tuple[str, str, str]]:

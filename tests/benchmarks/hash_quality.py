@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.hash_quality_plot import plot
-from tests.benchmarks.recipes import progress, run_recipe, train_recipe
+from tests.benchmarks.recipes import Kept, run_recipe, train_recipe
 
 METRICS = {"gowalla": "recall@20", "diginetica": "hit_rate@20"}
 HOLDOUTS = {"gowalla": "items", "diginetica": "last_sessions"}
@@ -95,10 +95,7 @@ def main() -> None:
         for name in order(re.compile(arguments.only)):
             if name.startswith(USERS) and dataset != "gowalla":
                 continue
-            if time.monotonic() - began < 60 * arguments.minutes:
-                progress(
-                    f"{time.monotonic() - began:.0f} s: {dataset}, {name}: {json.dumps(points.get(dataset, name))}"
-                )
+            points.measure(dataset, name, deadline=began + 60 * arguments.minutes)
     found = {dataset: points.table(dataset) for dataset in datasets}
     plot({name: table for name, table in found.items() if table}, (arguments.folder or Path()) / "hash_quality.svg")
     gowalla = found.get("gowalla", {})
@@ -121,45 +118,33 @@ def order(only: re.Pattern[str]) -> Iterable[str]:
     return [name for name in names if only.search(name)]
 
 
+def recipe_of(dataset: str) -> str:
+    return f"{dataset}_two_tower"
+
+
 class Points:
-    """What was measured, in a file if there is a folder."""
+    """What each variant keeps, on test or on validation data, after `epochs` (0: the recipe's)."""
 
     def __init__(self, folder: Path | None, epochs: int, validation: bool) -> None:
         self._epochs, self._validation = epochs, validation
-        kind = "validation" if validation else "test"
-        self._file = None if folder is None else folder / f"hash_quality.{kind}.{epochs or 'all'}.json"
-        self._found: dict[str, dict[str, Any]] = {}
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        if self._file is not None and self._file.exists():
-            self._found = {  # points of earlier versions counted optimiser state, and are measured anew
-                dataset: {name: point for name, point in known.items() if "weight_bytes" in point}
-                for dataset, known in json.loads(self._file.read_text()).items()
-            }
+        self._kept = Kept(folder, f"hash_quality.{'validation' if validation else 'test'}.{epochs or 'all'}")
 
-    def get(self, dataset: str, name: str) -> dict[str, Any]:
-        """The point, measured if it is not there yet."""
-        known = self._found.setdefault(dataset, {})
-        if name not in known:
-            known[name] = self._measure(dataset, name)
-            if self._file is not None:
-                self._file.write_text(json.dumps(self._found, indent=1))
-        point: dict[str, Any] = known[name]
-        return point
+    def measure(self, dataset: str, name: str, *, deadline: float) -> None:
+        self._kept.get(recipe_of(dataset), name, lambda: self._measured(dataset, name), deadline=deadline)
 
     def table(self, dataset: str) -> dict[str, Any]:
         """Variant -> its point with the share of the exact map's recall that it keeps."""
-        known = self._found.get(dataset, {})
+        found = {name: self._kept.find(recipe_of(dataset), name) for name in VARIANTS}
+        known = {name: point for name, point in found.items() if point is not None}
         table = {}
-        for name in VARIANTS:
-            if name in known:
-                exact = known.get(f"{USERS}exact" if name.startswith(USERS) else "exact")
-                kept = None if exact is None else round(known[name]["recall"] / exact["recall"], 4)
-                times = None if exact is None else round(exact["weight_bytes"] / known[name]["weight_bytes"], 2)
-                table[name] = {**known[name], "kept": kept, "compression": times}
+        for name, point in known.items():
+            exact = known.get(f"{USERS}exact" if name.startswith(USERS) else "exact")
+            kept = None if exact is None else round(point["recall"] / exact["recall"], 4)
+            times = None if exact is None else round(exact["weight_bytes"] / point["weight_bytes"], 2)
+            table[name] = {**point, "kept": kept, "compression": times}
         return table
 
-    def _measure(self, dataset: str, name: str) -> dict[str, Any]:
+    def _measured(self, dataset: str, name: str) -> dict[str, Any]:
         settings = [*VARIANTS[name], f"train.metric={METRICS[dataset]}", "train.checkpoint_seconds=3600"]
         if name.startswith(USERS):
             settings.append('model.query=["user", "history"]')
@@ -167,10 +152,10 @@ class Points:
             settings.append(f"train.epochs={self._epochs}")
         if self._validation:
             settings += [f"data.holdout={HOLDOUTS[dataset]}", "train.validate_every=1000"]
-            run = train_recipe(f"{dataset}_two_tower", *settings)
+            run = train_recipe(recipe_of(dataset), *settings)
             value = run["validations"][-1][METRICS[dataset]]
         else:
-            run = run_recipe(f"{dataset}_two_tower", "20", *settings)
+            run = run_recipe(recipe_of(dataset), "20", *settings)
             value = run["metrics"][METRICS[dataset]]
         table = "user" if name.startswith(USERS) else "item"
         num_bytes = next(one["weight_bytes"] for one in run["tables"] if one["table"] == table)

@@ -37,7 +37,7 @@ from cluster.config import Config, load_config
 from embedding_service.exact import unit_length
 from embedding_service.ragged import Ragged
 from embedding_service.towers import recency_weights
-from tests.benchmarks.recipes import RECIPES, data_folder, progress, run_recipe, train_recipe
+from tests.benchmarks.recipes import RECIPES, Kept, data_folder, run_recipe, train_recipe
 from trainers.cases import Cases, load_cases, load_validation
 from trainers.metrics import mean_metrics
 from trainers.prepare import Prepared, holdout_of, load_prepared, open_reader, prepare
@@ -108,7 +108,9 @@ def main() -> None:
     result: Json = {"trials": 1 if arguments.quick else arguments.trials}
     for dataset in arguments.dataset or sorted(METRICS):
         with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
-            side_by_side = SideBySide(dataset, Path(folder), Kept(arguments.folder, dataset), quick=arguments.quick)
+            side_by_side = SideBySide(
+                dataset, Path(folder), Kept(arguments.folder, "item2vec_quality"), quick=arguments.quick
+            )
             result[dataset] = side_by_side.compare(result["trials"])
     ours = {dataset: result[dataset]["ours"][metrics[0]] for dataset, metrics in METRICS.items() if dataset in result}
     bars = {
@@ -118,29 +120,12 @@ def main() -> None:
     print(json.dumps(bars | result | {"wall_seconds": round(time.monotonic() - began)}))
 
 
-class Kept:
-    """What was measured, by name, in a file if there is a folder."""
-
-    def __init__(self, folder: Path | None, dataset: str) -> None:
-        self._file = None if folder is None else folder / f"item2vec_quality.{dataset}.json"
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._found: Json = json.loads(self._file.read_text()) if self._file and self._file.exists() else {}
-
-    def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        if name not in self._found:
-            self._found[name] = measure()
-            progress(f"{name}: {json.dumps(self._found[name])}")
-            if self._file is not None:
-                self._file.write_text(json.dumps(self._found, indent=1))
-        return self._found[name]
-
-
 class SideBySide:
     """Both sides on one data set, in an empty `folder`."""
 
     def __init__(self, dataset: str, folder: Path, kept: Kept, *, quick: bool) -> None:
-        self.dataset, self.folder, self.kept, self.quick = dataset, folder, kept, quick
+        self.dataset, self.recipe, self.folder, self.quick = dataset, f"{dataset}_item2vec", folder, quick
+        self.kept = kept
         data_folder()  # ends here, in words, where there are no data
         self.metrics = METRICS[dataset]
 
@@ -150,28 +135,29 @@ class SideBySide:
             trials = [Settings(**{**asdict(one), "epochs": 1}) for one in trials]
         ours, gensim = {}, {}
         for one in trials:
-            ours[one] = self.kept.get(f"ours {one}", lambda one=one: self._our_validation(one))
-            gensim[one] = self.kept.get(f"gensim {one}", lambda one=one: self._gensim(one, is_test=False))
+            ours[one] = self._kept(f"ours {one}", lambda one=one: self._our_validation(one))
+            gensim[one] = self._kept(f"gensim {one}", lambda one=one: self._gensim(one, is_test=False))
         best = max(trials, key=lambda one: float(ours[one]))
-        found = {"ours": self._figures(best, ours[best], self.kept.get(f"test ours {best}", lambda: self._ours(best)))}
+        found = {"ours": self._figures(best, ours[best], self._kept(f"test ours {best}", lambda: self._ours(best)))}
         for use in USES:
             best = max(trials, key=lambda one, use=use: float(gensim[one][use][self.metrics[0]]))
-            test = self.kept.get(f"test gensim {best}", lambda best=best: self._gensim(best, is_test=True))
+            test = self._kept(f"test gensim {best}", lambda best=best: self._gensim(best, is_test=True))
             row = {**test[use], "seconds": test["seconds"]}
             found[f"gensim_{use}"] = self._figures(best, gensim[best][use][self.metrics[0]], row)
         return found
+
+    def _kept(self, name: str, measure: Callable[[], Any]) -> Any:
+        return self.kept.get(self.recipe, name, measure)
 
     def _figures(self, settings: Settings, validation: float, test: Json) -> Json:
         return {**test, "validation": round(validation, 4), "settings": asdict(settings)}
 
     def _our_validation(self, settings: Settings) -> float:
-        run = train_recipe(
-            f"{self.dataset}_item2vec", *settings.flags(), f"train.validate_every={settings.epochs}", *self._holdout()
-        )
+        run = train_recipe(self.recipe, *settings.flags(), f"train.validate_every={settings.epochs}", *self._holdout())
         return float(run["validations"][-1][self.metrics[0]])
 
     def _ours(self, settings: Settings) -> Json:
-        run = run_recipe(f"{self.dataset}_item2vec", "20", *settings.flags(), "train.checkpoint_seconds=3600")
+        run = run_recipe(self.recipe, "20", *settings.flags(), "train.checkpoint_seconds=3600")
         return {name: round(run["metrics"][name], 4) for name in self.metrics} | {"seconds": run["seconds"]}
 
     def _holdout(self) -> list[str]:

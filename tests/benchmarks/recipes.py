@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
@@ -56,6 +59,42 @@ def train_recipe(name: str, *settings: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="lexshard-") as folder:
         flags = [part for setting in (f"run={folder}/run", *settings) for part in ("--set", setting)]
         return lexshard(["train", str(RECIPES / f"{name}.toml"), "--json", *flags], environment)
+
+
+class Kept:
+    """What was measured with the recipes of deploy/recipes/, in `folder` if there is one, until the recipe changes.
+
+    Threads may measure side by side.
+    """
+
+    def __init__(self, folder: Path | None, name: str) -> None:
+        self._file = None if folder is None else folder / f"{name}.json"
+        self._changing = Lock()
+        self._found: dict[str, Any] = {}
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._found = json.loads(self._file.read_text()) if self._file.exists() else {}
+
+    def get(self, recipe: str, name: str, measure: Callable[[], Any], *, deadline: float | None = None) -> Any:
+        """What `measure` gave for `name`, now or in an earlier call. After `deadline`, in `time.monotonic()`'s seconds,
+        nothing is measured any more: None.
+        """
+        key = self._key(recipe, name)
+        if key not in self._found and (deadline is None or time.monotonic() < deadline):
+            found = measure()
+            with self._changing:
+                self._found[key] = found
+                if self._file is not None:
+                    self._file.write_text(json.dumps(self._found, indent=1))
+            progress(f"{recipe} {name}: {json.dumps(found)}")
+        return self.find(recipe, name)
+
+    def find(self, recipe: str, name: str) -> Any:
+        return self._found.get(self._key(recipe, name))
+
+    def _key(self, recipe: str, name: str) -> str:
+        text = (RECIPES / f"{recipe}.toml").read_bytes()
+        return f"{recipe} {hashlib.sha256(text).hexdigest()[:8]} {name}"
 
 
 def lexshard(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.recipes import RECIPES, progress, run_recipe, train_recipe
+from tests.benchmarks.recipes import RECIPES, Kept, run_recipe, train_recipe
 
 Json = dict[str, Any]
 
@@ -71,14 +71,10 @@ def main() -> None:
 
 
 class Runs:
-    """What was measured, by name, in a file if there is a folder."""
+    """The recipes' runs; None for those that the time did not suffice for."""
 
     def __init__(self, folder: Path | None, *, deadline: float, quick: bool) -> None:
-        self._file = None if folder is None else folder / f"two_tower_quality.{'quick' if quick else 'all'}.json"
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._found: Json = json.loads(self._file.read_text()) if self._file and self._file.exists() else {}
-        self._deadline = deadline
+        self._kept, self._deadline = Kept(folder, f"two_tower_quality.{'quick' if quick else 'all'}"), deadline
         self._settings = ["train.checkpoint_seconds=3600", *(["train.epochs=1"] if quick else [])]
 
     def on_test(self, dataset: str, *settings: str) -> Json | None:
@@ -91,7 +87,8 @@ class Runs:
             values = {name: round(scale * run["metrics"][metric], 4) for name, metric in METRICS[dataset].items()}
             return values | {name: run[name] for name in ("seconds", "epochs", "peak_rss_bytes")}
 
-        return self._get(f"{dataset} {' '.join(settings)}", measure)
+        run: Json | None = self._get(dataset, " ".join(settings), measure)
+        return run
 
     def share_to_95(self, dataset: str) -> float | None:
         """Share of the epochs after which validation data score 95 % of what they do at the end."""
@@ -102,18 +99,11 @@ class Runs:
             curve = [one[metric] for one in train_recipe(f"{dataset}_two_tower", *settings)["validations"]]
             return next(number for number, value in enumerate(curve, 1) if value >= 0.95 * curve[-1]) / len(curve)
 
-        share: float | None = self._get(f"{dataset} validation", measure)
+        share: float | None = self._get(dataset, "validation", measure)
         return share
 
-    def _get(self, name: str, measure: Callable[[], Any]) -> Any:
-        if name not in self._found:
-            if time.monotonic() > self._deadline:
-                return None
-            self._found[name] = measure()
-            progress(f"{name}: {json.dumps(self._found[name])}")
-            if self._file is not None:
-                self._file.write_text(json.dumps(self._found, indent=1))
-        return self._found[name]
+    def _get(self, dataset: str, name: str, measure: Callable[[], Any]) -> Any:
+        return self._kept.get(f"{dataset}_two_tower", name, measure, deadline=self._deadline)
 
 
 def table(runs: Runs, dataset: str, num_seeds: int) -> Json:
