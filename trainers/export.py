@@ -30,7 +30,7 @@ from cluster.rank import num_cores
 from cluster.storage import remove_folder
 from cluster.tasks import run_tasks
 from embedding_service.admitted_keys import AdmittedKeys
-from embedding_service.artifact import ArtifactWriter
+from embedding_service.artifact_writer import ArtifactWriter
 from embedding_service.catalogue_map import MAX_ATTRIBUTES, Codes, attribute
 from embedding_service.hashed_keys import KeyMap
 from embedding_service.index_plan import auto_factory, estimate, num_shards

@@ -25,7 +25,8 @@ import pyarrow as pa
 
 from embedding_service import http_unwatched
 from embedding_service.app import Service
-from embedding_service.artifact import Artifact, ArtifactWriter
+from embedding_service.artifact import Artifact
+from embedding_service.artifact_writer import ArtifactWriter
 from embedding_service.http_schema import ARROW_TYPE
 from embedding_service.keys import Vocabulary
 from embedding_service.towers import TowerInput, TowerSpec

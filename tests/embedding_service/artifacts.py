@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedding_service.artifact import ArtifactWriter
+from embedding_service.artifact_writer import ArtifactWriter
 from embedding_service.keys import Vocabulary
 from embedding_service.quantize import Precision
 from embedding_service.towers import Tower, TowerInput, TowerSpec

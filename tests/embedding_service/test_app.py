@@ -31,7 +31,8 @@ from cluster import grpc_addresses
 from cluster.errors import ArtifactError, LaunchError, SettingError
 from embedding_service import retrieval_pb2 as pb
 from embedding_service.app import Service, build, deployment_options, serve_artifact
-from embedding_service.artifact import Artifact, ArtifactWriter
+from embedding_service.artifact import Artifact
+from embedding_service.artifact_writer import ArtifactWriter
 from embedding_service.http_artifact import http_api
 from embedding_service.http_ports import check_port, high_throughput_environment
 from embedding_service.http_schema import ARROW_TYPE, Limits

@@ -19,7 +19,8 @@ import torch
 
 from cluster.errors import ArtifactError
 from cluster.storage import checksum
-from embedding_service.artifact import Artifact, ArtifactWriter
+from embedding_service.artifact import Artifact
+from embedding_service.artifact_writer import ArtifactWriter
 from embedding_service.quantize import PRECISIONS, Precision, error_bound
 from embedding_service.towers import Tower, TowerInput, TowerSpec
 from tests.embedding_service.artifacts import DIM, HISTORY, publish, vocabulary
@@ -124,7 +125,7 @@ def test_a_failed_writer_leaves_nothing(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_a_folder_that_the_next_one_clears(tmp_path: Path) -> None:
     publish(tmp_path, version="good", num_items=SMALL)
     code = (
-        "import os, signal, sys; from embedding_service.artifact import ArtifactWriter\n"
+        "import os, signal, sys; from embedding_service.artifact_writer import ArtifactWriter\n"
         "writer = ArtifactWriter(sys.argv[1]); (writer.folder / 'vectors' / 'x.npy').write_bytes(b'half')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from cluster.errors import ArtifactError
 from embedding_service.admission import admit
-from embedding_service.artifact import Artifact, ArtifactWriter
+from embedding_service.artifact import Artifact
+from embedding_service.artifact_writer import ArtifactWriter
 from embedding_service.candidates import Candidates
 from embedding_service.exact import ArrayVectors, Metric, exact_search
 from embedding_service.gates import Gates
@@ -215,10 +216,10 @@ def test_a_manifest_whose_shards_do_not_add_up_is_refused(tmp_path: Path) -> Non
 
 
 def test_a_shard_that_was_built_is_not_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embedding_service import artifact as artifact_module
+    from embedding_service import artifact_writer as writer_module
 
     built: list[int] = []
-    original = artifact_module.tuned_index
+    original = writer_module.tuned_index
 
     def building(source: VectorSet, **options: object) -> object:
         if len(built) == 2:
@@ -226,7 +227,7 @@ def test_a_shard_that_was_built_is_not_built_again(tmp_path: Path, monkeypatch: 
         built.append(source.rows)
         return original(source, **options)
 
-    monkeypatch.setattr(artifact_module, "tuned_index", building)
+    monkeypatch.setattr(writer_module, "tuned_index", building)
     (tmp_path / "kept").mkdir()
     for attempt in range(2):
         with ArtifactWriter(tmp_path / "root") as writer:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from cluster.errors import ArtifactError, DataError, KeyNotFound
-from embedding_service.artifact import Artifact, ArtifactWriter
+from embedding_service.artifact import Artifact
+from embedding_service.artifact_writer import ArtifactWriter
 from embedding_service.candidates import first_unseen, num_fetched
 from embedding_service.exact import exact_search
 from embedding_service.ragged import Ragged

@@ -21,7 +21,8 @@ from cluster.errors import ArtifactError, DataError, KeyNotFound
 from embedding_service import activations, admission, attributes, http_queries, overlay
 from embedding_service import allowed as search_among
 from embedding_service import selective as selective_module
-from embedding_service.artifact import Artifact, ArtifactWriter
+from embedding_service.artifact import Artifact
+from embedding_service.artifact_writer import ArtifactWriter
 from embedding_service.attributes import Attributes
 from embedding_service.gates import Gates
 from embedding_service.http_schema import ARROW_TYPE

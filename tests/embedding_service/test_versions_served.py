@@ -19,7 +19,8 @@ import pyarrow as pa
 import pytest
 
 from embedding_service.app import Service, serve_artifact
-from embedding_service.artifact import Artifact, ArtifactWriter
+from embedding_service.artifact import Artifact
+from embedding_service.artifact_writer import ArtifactWriter
 from embedding_service.keys import Vocabulary
 from embedding_service.retrieval import Retriever
 from embedding_service.towers import TowerInput, TowerSpec

@@ -19,7 +19,8 @@ from cluster.config import Config, config_to_dict
 from cluster.errors import ArtifactError, CheckpointError
 from cluster.launch import launch
 from cluster.rank import current_rank
-from embedding_service.artifact import Artifact, ArtifactWriter
+from embedding_service.artifact import Artifact
+from embedding_service.artifact_writer import ArtifactWriter
 from embedding_service.retrieval import Retriever
 from embedding_service.tables import TableSpec
 from tests.ranks import run_on_ranks
@@ -201,15 +202,15 @@ def test_a_finished_index_is_kept_too(run: Config, tmp_path: Path, monkeypatch: 
     built: list[str] = []
     original = Artifact.index
 
-    from embedding_service import artifact as artifact_module
+    from embedding_service import artifact_writer as writer_module
 
-    tuned = artifact_module.tuned_index
+    tuned = writer_module.tuned_index
 
     def counted(*arguments: Any, **options: Any) -> Any:
         built.append(options["metric"])
         return tuned(*arguments, **options)
 
-    monkeypatch.setattr(artifact_module, "tuned_index", counted)
+    monkeypatch.setattr(writer_module, "tuned_index", counted)
     version, _ = _export(run, tmp_path)
     assert built == ["cosine"], "`similar` is damaged and built again, `recommend` is not"
     for name in ("recommend", "similar"):
