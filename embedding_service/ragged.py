@@ -101,7 +101,12 @@ class Ragged:
         return Ragged(values, self.offsets)
 
     def keep(self, mask: npt.NDArray[np.bool_]) -> Ragged:
-        """Without the values whose `mask` (bool [len(values)]) is false; lists may become empty, none goes away."""
+        """Without the values whose `mask` (bool [len(values)]) is false; lists may become empty, none goes away.
+
+        The values are shared, not copied, where all stay.
+        """
+        if mask.all():
+            return self
         kept = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
         values = self.values.filter(pa.array(mask)) if isinstance(self.values, pa.Array) else self.values[mask]
         return Ragged(values, kept[self.offsets])

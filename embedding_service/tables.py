@@ -96,13 +96,38 @@ def deduplicate(uses: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, n
     return unique, {name: inverse[end - len(uses[name]) : end] for name, end in zip(uses, ends, strict=True)}
 
 
+@numba.njit("Tuple((int64[::1], int64[::1]))(int64[::1], int64)", nogil=True, cache=True)
+def _distinct_of_few(rows: np.ndarray, highest: np.int64) -> tuple[np.ndarray, np.ndarray]:
+    """`_distinct` for rows up to `highest`, of which memory is taken for each."""
+    place = np.zeros(highest + 1, np.int64)
+    for i in range(rows.size):
+        place[np.uint64(rows[i])] = 1
+    num = 0
+    for row in range(highest + 1):
+        num += place[row]
+    unique = np.empty(num, np.int64)
+    num = 0
+    for row in range(highest + 1):
+        if place[row]:
+            place[row], unique[num] = num, row
+            num += 1
+    inverse = np.empty(rows.size, np.int64)
+    for i in range(rows.size):
+        inverse[i] = place[np.uint64(rows[i])]
+    return unique, inverse
+
+
 @numba.njit("Tuple((int64[::1], int64[::1]))(int64[::1])", nogil=True, cache=True)
 def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """np.unique(rows, return_inverse=True) of rows from 0 on, by a radix sort: linear in their number."""
+    """np.unique(rows, return_inverse=True) of rows from 0 on, linear in their number: by a mark for every row there
+    could be where these are few, else by a radix sort.
+    """
     count = rows.size
     highest = np.uint64(0)
     for i in range(count):
         highest = max(highest, np.uint64(rows[i]))
+    if highest < np.uint64(2 * count):
+        return _distinct_of_few(rows, np.int64(highest))
     values, places = rows.astype(np.uint64), np.arange(count)
     other_values, other_places = np.empty(count, np.uint64), np.empty(count, np.int64)
     shift = np.uint64(0)

@@ -45,6 +45,8 @@ class RowRuns:
         rows = np.asarray(rows)
         if rows.size and not 0 <= rows.min() <= rows.max() < self.num_rows:
             raise IndexError(f"rows {rows.min()}..{rows.max()} are not all in 0..{self.num_rows - 1}")
+        if rows.size > self.num_rows:  # then the array is smaller than the answer, and faster
+            return self.dense()[rows]
         return self.values[np.searchsorted(self.starts, rows, side="right") - 1]
 
     @property

@@ -22,6 +22,7 @@ def test_runs_stand_for_their_array(numbers: list[int], chunk: int) -> None:
     if numbers:
         rows = np.arange(len(numbers)).reshape(1, -1)[:, ::-1]
         assert runs[rows].tolist() == [numbers[::-1]]
+        assert runs[np.repeat(rows, 2)].tolist() == [n for n in numbers[::-1] for _ in range(2)]  # more than it has
         assert runs.map(lambda values: values * 0.5)[rows[0]].tolist() == [n * 0.5 for n in numbers[::-1]]
 
 
