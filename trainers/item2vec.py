@@ -65,7 +65,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Learned:
-    """What a part has added to its rows, and the loss of a sample of its targets."""
+    """What a part has added to its rows, padded as they were, and the loss of a sample of its targets."""
 
     source: np.ndarray
     target: np.ndarray
@@ -182,13 +182,7 @@ class Item2Vec:
                         temper(change, rate * self._learning_rate * steps, own, num_parts)
 
                 list(pool.map(merge, block.parts, learned))
-        gradients = [np.zeros_like(rows) for rows in before]
-        for part, result in zip(block.parts, learned, strict=True):
-            skipgram.subtract_rows(gradients[0], part.source, result.source)
-            skipgram.subtract_rows(gradients[1], part.target, result.target)
-        for name, gradient, ids in zip(("input", "output"), gradients, (block.source, block.target), strict=True):
-            if name in self.tables.maps:
-                gradient *= own_part(self.tables.maps[name], ids)[:, None]
+            gradients = list(pool.map(lambda table: self._gradient(table, block, before[table], learned), (0, 1)))
         device = found["input"].device
         moves = [torch.from_numpy(gradient).to(device) for gradient in gradients]
         torch.autograd.backward([found["input"], found["output"]], moves)
@@ -196,6 +190,20 @@ class Item2Vec:
         if not all(move.sum().isfinite() for move in moves):
             loss = float("nan")  # the kernel's sigmoid is clamped, so its own sum would hide it
         return loss, pairs
+
+    def _gradient(self, table: int, block: _Block, before: np.ndarray, learned: Sequence[_Learned]) -> np.ndarray:
+        """What the table's SGD is to subtract: less the sum of what the parts have learned. float32 [n, dim].
+
+        table: 0 for inputs, 1 for outputs; before: float32 [n, dim], the block's rows of it.
+        """
+        gradient = np.zeros_like(before)
+        for part, result in zip(block.parts, learned, strict=True):
+            rows, change = ((part.source, result.source), (part.target, result.target))[table]
+            skipgram.subtract_rows(gradient, rows, change)
+        name, ids = (("input", block.source), ("output", block.target))[table]
+        if name in self.tables.maps:
+            gradient *= own_part(self.tables.maps[name], ids)[:, None]
+        return gradient
 
     def _learn(self, part: _Part, source_rows: np.ndarray, target_rows: np.ndarray, rate: float) -> _Learned:
         """SGD over the part on copies of its rows."""
@@ -214,9 +222,11 @@ class Item2Vec:
             frozen=self._frozen,
         )
         samples = (source[_sample(part.tokens)], target[_sample(part.tokens)], target[_sample(part.negatives)])
+        skipgram.subtract_taken(source, source_rows, part.source)
+        skipgram.subtract_taken(target, target_rows, part.target)
         return _Learned(
-            skipgram.difference(source, source_rows, part.source),
-            skipgram.difference(target, target_rows, part.target),
+            source,
+            target,
             loss,
             pairs,
             contexts / max(1, len(part.tokens)),

@@ -33,39 +33,49 @@ def temper(difference: np.ndarray, exposure: np.ndarray, axes: tuple[np.ndarray,
     in the directions of H's eigenvectors: 1 where little was learned, 1 / k where the optimum was reached. What rows
     have in common is learned fast and what tells them apart is not, so a factor for the row as a whole would not do.
 
-    difference: float32 [n, dim]; exposure: float64 [n], the summed rate t of each row's steps; axes: H's, see
-    `principal_axes`. Needs nothing from other parts, whose data are taken to be as its own.
+    difference: float32 [n, dim], or wider rows, whose rest stays; exposure: float64 [n], the summed rate t of each
+    row's steps; axes: H's, of an even dimension, see `principal_axes`. Needs nothing from other parts, whose data are
+    taken to be as its own.
     """
+    assert len(axes[0]) % 2 == 0
     if num_parts > 1:
         _temper(difference, exposure, *axes, num_parts)
 
 
 @numba.njit("float64(float64, int64)", nogil=True, cache=True)
 def sum_factor(exposure: float, num_parts: int) -> float:
-    """f(a) of `temper` for a = `exposure` > 0."""
-    return float(np.expm1(-num_parts * exposure) / (num_parts * np.expm1(-exposure)))
+    """f(a) of `temper` for a = `exposure`, of 1e-9 at least: below it the quotient has too few digits."""
+    left = np.exp(-exposure)
+    return float((1.0 - left**num_parts) / (num_parts * (1.0 - left)))
 
 
 @numba.njit(
     "void(float32[:, ::1], float64[::1], float32[::1], float32[:, ::1], int64)", nogil=True, fastmath=True, cache=True
 )
 def _temper(difference, exposure, values, vectors, num_parts):  # type: ignore[no-untyped-def]
-    dim = difference.shape[1]
+    dim = values.size
     change = np.empty(dim, np.float32)
     for i in range(difference.shape[0]):
         row = difference[i]
+        if exposure[i] * values[0] * (num_parts - 1) <= _NEGLIGIBLE:
+            continue  # most rows of a block are rare, and this one need not even be read
         for d in range(dim):
             change[d] = np.float32(0.0)
-        for j in range(dim):
+        for j in range(0, dim - 1, 2):  # two axes in one pass over the row
             learned = exposure[i] * values[j]
             if learned * (num_parts - 1) <= _NEGLIGIBLE:
                 break
-            axis = vectors[j]
-            along = np.float32(0.0)
+            axis, other = vectors[j], vectors[j + 1]
+            along = across = np.float32(0.0)
             for d in range(dim):
                 along += row[d] * axis[d]
+                across += row[d] * other[d]
             along *= np.float32(sum_factor(learned, num_parts) - 1.0)
+            learned = exposure[i] * values[j + 1]
+            across *= np.float32(
+                sum_factor(learned, num_parts) - 1.0 if learned * (num_parts - 1) > _NEGLIGIBLE else 0.0
+            )
             for d in range(dim):
-                change[d] += along * axis[d]
+                change[d] += along * axis[d] + across * other[d]
         for d in range(dim):
             row[d] += change[d]

@@ -84,20 +84,20 @@ def _take_padded(table: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:
     return out
 
 
-@numba.njit("float32[:, ::1](float32[:, ::1], float32[:, ::1], int64[::1])", nogil=True, cache=True)
-def difference(padded_rows: np.ndarray, table: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """What `padded_rows` [u, width] are beyond table[rows] they were taken from: float32 [u, dim]."""
-    dim = table.shape[1]
-    out = np.empty((rows.size, dim), np.float32)
+@numba.njit("void(float32[:, ::1], float32[:, ::1], int64[::1])", nogil=True, cache=True)
+def subtract_taken(padded_rows: np.ndarray, table: np.ndarray, rows: np.ndarray) -> None:
+    """Leave in `padded_rows` [u, width] what they are beyond table[rows], float32 [u, dim], that they were taken from.
+
+    In place: a block's rows are more memory than a new array of them is worth.
+    """
     for i in range(rows.size):
-        for d in range(dim):
-            out[i, d] = padded_rows[i, d] - table[rows[i], d]
-    return out
+        for d in range(table.shape[1]):
+            padded_rows[i, d] -= table[rows[i], d]
 
 
 @numba.njit("void(float32[:, ::1], int64[::1], float32[:, ::1])", nogil=True, cache=True)
 def subtract_rows(table: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
-    """table[rows] -= values, in place; rows: int64 [u]; values: float32 [u, dim]."""
+    """table[rows] -= values, in place; rows: int64 [u]; values: float32 [u, dim], or wider rows."""
     for i in range(rows.size):
         for d in range(table.shape[1]):
             table[rows[i], d] -= values[i, d]
@@ -109,7 +109,10 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
 
     Places in the flat arrays are unsigned for the same reason: a signed one may mean 'from the end'.
     """
-    step = np.uint64(width)
+    # Copies of rows have an even number of vectors of lanes, or LLVM would add the lanes of each product up twice: of
+    # those that it takes two at a time, and of the last one.
+    long = width if width <= _LANES else -(-width // (2 * _LANES)) * (2 * _LANES)
+    step, span, span2, span3 = (np.uint64(size) for size in (width, long, 2 * long, 3 * long))
 
     @numba.njit(nogil=True, fastmath=True, boundscheck=False, error_model="numpy", cache=True)
     def run(source, target, tokens, offsets, negatives, window, num_negatives, rate, seed, keep_source, keep_target):  # type: ignore[no-untyped-def]
@@ -119,8 +122,9 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
         reach = (longest if window == 0 else min(longest, 2 * window + 1)) + 2
         num_outputs = num_negatives + 1
         columns = (num_outputs + 2) // 3 * 3  # products are taken 2 queries x 3 outputs at a time
-        queries = np.zeros(reach * width, np.float32)
-        outputs = np.zeros(columns * width, np.float32)
+        across = np.uint64(columns)
+        queries = np.zeros(reach * long, np.float32)
+        outputs = np.zeros(columns * long, np.float32)
         change = np.zeros(reach * columns, np.float32)  # products, then rate * g
         context = np.zeros(reach, np.uint64)
         state = seed * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x1234567)
@@ -162,7 +166,7 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
                 own = output[0]
                 # copies of the rows as they are before the step
                 for o in range(num_outputs):
-                    place, row = np.uint64(o) * step, output[o]
+                    place, row = np.uint64(o) * span, output[o]
                     for d in range(step):
                         outputs[place + d] = target[row + d]
                 count = found
@@ -179,25 +183,26 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
                         queries[d] *= share
                 else:
                     for i in range(found):
-                        place, row = np.uint64(i) * step, context[i]
+                        place, row = np.uint64(i) * span, context[i]
                         for d in range(step):
                             queries[place + d] = source[row + d]
                 for i in range(0, count, 2):
                     for o in range(0, columns, 3):
                         p00 = p01 = p02 = p10 = p11 = p12 = np.float32(0.0)
-                        q, r = np.uint64(i) * step, np.uint64(o) * step
-                        for d in range(step):
-                            q0, q1 = queries[q + d], queries[q + step + d]
-                            o0, o1, o2 = outputs[r + d], outputs[r + step + d], outputs[r + step + step + d]
+                        q, r = np.uint64(i) * span, np.uint64(o) * span
+                        for d in range(span):
+                            q0, q1 = queries[q + d], queries[q + span + d]
+                            o0, o1, o2 = outputs[r + d], outputs[r + span + d], outputs[r + span2 + d]
                             p00 += q0 * o0
                             p01 += q0 * o1
                             p02 += q0 * o2
                             p10 += q1 * o0
                             p11 += q1 * o1
                             p12 += q1 * o2
-                        first, second = i * columns + o, (i + 1) * columns + o
-                        change[first], change[first + 1], change[first + 2] = p00, p01, p02
-                        change[second], change[second + 1], change[second + 2] = p10, p11, p12
+                        first = np.uint64(i) * across + np.uint64(o)
+                        second = first + across
+                        change[first], change[first + np.uint64(1)], change[first + np.uint64(2)] = p00, p01, p02
+                        change[second], change[second + np.uint64(1)], change[second + np.uint64(2)] = p10, p11, p12
                 if t & 15 == 0:
                     num_pairs += count
                     for i in range(count):
@@ -230,12 +235,26 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
                             change[i * columns + o] = np.float32(0.0)
                 for o in range(0 if keep_target else num_outputs):
                     row = output[o]
-                    for i in range(0, count - 1, 2):
-                        g0, g1, q = change[i * columns + o], change[(i + 1) * columns + o], np.uint64(i) * step
+                    i = 0
+                    while i + 4 <= count:  # a row is read and written once for as many queries
+                        at, q = np.uint64(i) * across + np.uint64(o), np.uint64(i) * span
+                        g0, g1 = change[at], change[at + across]
+                        g2, g3 = change[at + np.uint64(2) * across], change[at + np.uint64(3) * across]
                         for d in range(step):
-                            target[row + d] += g0 * queries[q + d] + g1 * queries[q + step + d]
+                            target[row + d] += (
+                                g0 * queries[q + d]
+                                + g1 * queries[q + span + d]
+                                + g2 * queries[q + span2 + d]
+                                + g3 * queries[q + span3 + d]
+                            )
+                        i += 4
+                    if i + 2 <= count:
+                        at, q = np.uint64(i) * across + np.uint64(o), np.uint64(i) * span
+                        g0, g1 = change[at], change[at + across]
+                        for d in range(step):
+                            target[row + d] += g0 * queries[q + d] + g1 * queries[q + span + d]
                     if count & 1:
-                        g0, q = change[(count - 1) * columns + o], np.uint64(count - 1) * step
+                        g0, q = change[np.uint64(count - 1) * across + np.uint64(o)], np.uint64(count - 1) * span
                         for d in range(step):
                             target[row + d] += g0 * queries[q + d]
                 if keep_source:
@@ -244,7 +263,7 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
                     for d in range(step):
                         queries[d] = np.float32(0.0)
                     for o in range(num_outputs):
-                        g0, r = change[o], np.uint64(o) * step
+                        g0, r = change[o], np.uint64(o) * span
                         for d in range(step):
                             queries[d] += g0 * outputs[r + d]
                     for i in range(found):
@@ -254,12 +273,28 @@ def _kernel(width: int, cbow: bool) -> Callable[..., Any]:
                 else:
                     for i in range(found):
                         row = context[i]
-                        for o in range(0, columns, 3):
-                            j, r = i * columns + o, np.uint64(o) * step
-                            g0, g1, g2 = change[j], change[j + 1], change[j + 2]
+                        o = 0
+                        while o + 6 <= columns:
+                            at, r = np.uint64(i) * across + np.uint64(o), np.uint64(o) * span
+                            k, v = at + np.uint64(3), r + span3
+                            g0, g1, g2 = change[at], change[at + np.uint64(1)], change[at + np.uint64(2)]
+                            g3, g4, g5 = change[k], change[k + np.uint64(1)], change[k + np.uint64(2)]
                             for d in range(step):
                                 source[row + d] += (
-                                    g0 * outputs[r + d] + g1 * outputs[r + step + d] + g2 * outputs[r + step + step + d]
+                                    g0 * outputs[r + d]
+                                    + g1 * outputs[r + span + d]
+                                    + g2 * outputs[r + span2 + d]
+                                    + g3 * outputs[v + d]
+                                    + g4 * outputs[v + span + d]
+                                    + g5 * outputs[v + span2 + d]
+                                )
+                            o += 6
+                        if o < columns:
+                            at, r = np.uint64(i) * across + np.uint64(o), np.uint64(o) * span
+                            g0, g1, g2 = change[at], change[at + np.uint64(1)], change[at + np.uint64(2)]
+                            for d in range(step):
+                                source[row + d] += (
+                                    g0 * outputs[r + d] + g1 * outputs[r + span + d] + g2 * outputs[r + span2 + d]
                                 )
         return loss, num_pairs, num_contexts
 
