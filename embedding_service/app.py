@@ -31,10 +31,11 @@ from cluster.metrics import node_metrics_addresses
 from embedding_service import http_unwatched
 from embedding_service.artifact import Artifact
 from embedding_service.grpc_service import SERVICER
+from embedding_service.haproxy_refusals import MAX_ONGOING, MAX_QUEUED
 from embedding_service.http_ports import check_haproxy, check_port, high_throughput_environment
 from embedding_service.http_schema import Limits
 from embedding_service.replica import Replica, ShardReplica
-from embedding_service.service_args import MAX_ONGOING, MAX_QUEUED, ServiceArgs, begin_with, checked_args
+from embedding_service.service_args import ServiceArgs, begin_with, checked_args
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -114,10 +115,9 @@ def deployment_options(
         "name": "retrieval",
         **number,
         "ray_actor_options": resources,
-        # more than these would only wait: they are told to come back. An event loop takes in one connection a turn: the
-        # more wait, the longer its turns, and the longer those wait that are not even in the queue. All requests that
-        # arrive in one turn are queued for a moment, so that the queue cannot be short. `http_refusals` tells most
-        # of them so before they get here
+        # more than these would only wait: they are told to come back, by HAProxy (`haproxy_refusals`); where several
+        # of them, each within its limits, pass on more together, by `http_refusals`, and of the rest by Serve. All
+        # requests that arrive in one turn of the event loop are queued for a moment, so that the queue cannot be short
         "max_ongoing_requests": MAX_ONGOING,
         "max_queued_requests": MAX_QUEUED,
         "backpressure_config": {"status_code": 503, "retry_after_s": 1},

@@ -9,6 +9,7 @@ import resource
 import socket
 
 from cluster.errors import SettingError
+from embedding_service import haproxy_refusals
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def high_throughput_environment(*, local: bool) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line of log for each request, which a process in Python reads
         # a replica that dies has answered nothing: another one is asked; what must not be done twice says so itself
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        haproxy_refusals.VARIABLE: haproxy_refusals.backend_rules(),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # of replicas that leave; the default is 30
         **quiet,
     }

@@ -1,8 +1,9 @@
 """Requests beyond what a replica takes on, refused where their bytes arrive: in uvicorn, before ASGI and Serve.
 
-A refusal by Serve takes half as long as an answer (115 us against 220), so that a replica that is asked for twice of
-what it can do has little time left for answers. Here it takes 10 us, reading and writing included: the bytes of a query
-that came whole, on a connection that waits for nothing else, are answered with a 503 without a parser or a task.
+HAProxy refuses most (`haproxy_refusals`): here are those of several HAProxies that pass on too many together, and one
+for many that a HAProxy has refused, which is counted as so many. A refusal by Serve takes half as long as an answer
+(115 us against 220). Here it takes 10 us, reading and writing included: the bytes of a query that came whole, on a
+connection that waits for nothing else, are answered with a 503 without a parser or a task.
 
 All else takes the usual way, where Serve still refuses: other routes (health, versions), POST, what came in pieces or
 pipelined, what asks for the connection to be closed. These refusals are not in the access log; `instruments` counts
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
+from embedding_service.haproxy_refusals import MARK, SAMPLED
 from embedding_service.http_one_write import OneWrite
 from embedding_service.instruments import Instruments
 
@@ -46,6 +48,7 @@ _ANSWER = (
     b"content-length: %d\r\nx-request-id: %s\r\n\r\n" + _BODY
 )
 _BODY_BYTES = len(_BODY % b"")
+_MARK = b"\r\n%s:" % MARK.encode()
 
 # What is relied on of uvicorn.protocols.http.httptools_impl, which promises none of it
 _NEEDED = {
@@ -94,12 +97,12 @@ def refusing_protocol(instruments: Instruments, limit: int) -> type[HttpToolsPro
             super().connection_made(cast(Any, self._one_write))
 
         def data_received(self, data: bytes) -> None:
-            if len(answering) >= limit and self._is_idle() and (whole := _WHOLE.fullmatch(data)):
+            if (len(answering) >= limit or _MARK in data) and self._is_idle() and (whole := _WHOLE.fullmatch(data)):
                 route, request_id = whole.groups()
                 request_id = request_id or b"%032x" % random.getrandbits(128)  # as Serve makes them, no secret
                 self.transport.write(_ANSWER % (_BODY_BYTES + len(request_id), request_id, request_id))
                 self.on_response_complete()  # keeps the connection alive for as long as after an answer
-                instruments.note_refusal(route.decode())
+                instruments.note_refusal(route.decode(), SAMPLED if _MARK in data else 1)
             else:
                 super().data_received(data)
 

@@ -69,11 +69,11 @@ class Instruments:
         if status == 503:
             self.num_refused += 1
 
-    def note_refusal(self, route: str) -> None:
-        """A request that was refused before a version was chosen; it took no time to speak of."""
+    def note_refusal(self, route: str, num: int = 1) -> None:
+        """`num` requests that were refused before a version was chosen; they took no time to speak of."""
         key = "", route, 503
-        self.requests[key] = self.requests.get(key, 0) + 1
-        self.num_refused += 1
+        self.requests[key] = self.requests.get(key, 0) + num
+        self.num_refused += num
 
     def forget_old_versions(self) -> None:
         """Let go of the requests of all but the last `MAX_VERSIONS` versions that came."""

@@ -18,6 +18,7 @@ from cluster.periodic import Periodic
 from embedding_service import http_refusals
 from embedding_service.artifact import Artifact
 from embedding_service.grpc_service import GrpcService
+from embedding_service.haproxy_refusals import MAX_ONGOING, MAX_QUEUED
 from embedding_service.http_api import HttpApi
 from embedding_service.http_artifact import http_api
 from embedding_service.http_management import Management
@@ -28,7 +29,7 @@ from embedding_service.live_versions import LiveVersions
 from embedding_service.overlay import Overlay
 from embedding_service.recall_probe import RecallProbe
 from embedding_service.scatter import Scatter, Send
-from embedding_service.service_args import MAX_ONGOING, MAX_QUEUED, ServiceArgs, store_of
+from embedding_service.service_args import ServiceArgs, store_of
 from embedding_service.service_logs import configure_logs
 from embedding_service.service_metrics import METRICS, PUBLISH_SECONDS, ServiceMetrics
 from embedding_service.shard_versions import ShardVersions

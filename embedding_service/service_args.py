@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cluster.errors import SettingError
 from embedding_service.artifact import MANIFEST, Artifact
 from embedding_service.gates import Gates
+from embedding_service.haproxy_refusals import MAX_ONGOING
 from embedding_service.http_access import CHANGE_VARIABLE, Access, find_access
 from embedding_service.http_artifact import check_servable
 from embedding_service.http_schema import Limits
@@ -19,9 +20,6 @@ from embedding_service.index_plan import MAX_SHARDS
 from embedding_service.index_shards import shards_of
 from embedding_service.service_logs import LogFormat, LogLevel
 from embedding_service.versions import VersionStore
-
-MAX_ONGOING = 128  # requests in a replica at a time
-MAX_QUEUED = 192  # and that wait
 
 
 class _Args(BaseModel):

@@ -33,6 +33,7 @@ from embedding_service import retrieval_pb2 as pb
 from embedding_service.app import Service, build, deployment_options, serve_artifact
 from embedding_service.artifact import Artifact
 from embedding_service.artifact_writer import ArtifactWriter
+from embedding_service.haproxy_refusals import MAX_ONGOING, MAX_QUEUED, VARIABLE, backend_rules
 from embedding_service.http_artifact import http_api
 from embedding_service.http_ports import check_port, high_throughput_environment
 from embedding_service.http_schema import ARROW_TYPE, Limits
@@ -40,7 +41,6 @@ from embedding_service.instruments import BOUNDS_SECONDS
 from embedding_service.keys import Vocabulary
 from embedding_service.retrieval import Retriever
 from embedding_service.retrieval_pb2_grpc import RetrievalStub
-from embedding_service.service_args import MAX_ONGOING, MAX_QUEUED
 from embedding_service.service_metrics import METRICS
 from embedding_service.towers import TowerInput, TowerSpec
 from tests.embedding_service.test_http_api import ask, keys_of
@@ -131,8 +131,8 @@ class TestWithoutRay:
                 "setting args.max_replicas: 2 is less than replicas = 3, the least number: raise it, or set 0 to have",
             ),
             (
-                {"artifact": "a", "max_replicas": 2, "target_ongoing_requests": 129.0},
-                "setting args.target_ongoing_requests: Input should be less than or equal to 128",
+                {"artifact": "a", "max_replicas": 2, "target_ongoing_requests": 65.0},
+                "setting args.target_ongoing_requests: Input should be less than or equal to 64",
             ),
             ({"artifact": "a", "on_lost_shard": "retry"}, "setting args.on_lost_shard: Input should be 'error' or"),
         ],
@@ -178,7 +178,9 @@ class TestWithoutRay:
         config = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "serve.yaml").read_text())
         schema = ServeDeploySchema.model_validate(config)
         assert schema.applications[0].import_path == f"{build.__module__}:{build.__name__}"
-        assert config["controller_options"]["runtime_env"]["env_vars"]["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        environment = config["controller_options"]["runtime_env"]["env_vars"]
+        assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        assert environment[VARIABLE] == backend_rules()
         build({**schema.applications[0].args, "artifact": str(folder)})
 
 
@@ -435,8 +437,8 @@ class TestService:
         assert (first["event"], first["version"], first["level"]) == ("serving", folder.name, "INFO")
 
     def test_overload_is_refused_at_once_and_told(self, service: Service, log: Path) -> None:
-        """All queries that came while the replica stood still are read in one turn of its event loop, if HAProxy has
-        connections to it already: the first rounds make them.
+        """HAProxy refuses what comes while the replica stands still and as many wait as may, and tells the replica of
+        some of them, which stand for the others.
         """
         (replica,) = (
             one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::ServeReplica:lexs")
@@ -445,7 +447,7 @@ class TestService:
         connections = [http.client.HTTPConnection(address, timeout=60) for _ in range(2 * (MAX_ONGOING + MAX_QUEUED))]
         refused: list[dict[str, str]] = []
         try:
-            for _ in range(10):
+            for _ in range(4):
                 replica.suspend()
                 try:
                     for connection in connections:
@@ -460,9 +462,7 @@ class TestService:
                         refused.append(document["error"])
                     else:
                         assert (answer.status, len(document["items"])) == (200, 3)
-                if refused:
-                    break
-            assert refused
+            assert len(refused) > len(connections)
             assert {error["code"] for error in refused} == {"overloaded"}
             assert {error["request_id"] for error in refused} == {"mine"}
             connections[0].request("GET", "/v1/similar?key=item-2&k=3")
@@ -474,7 +474,7 @@ class TestService:
         while not (told := [line for line in log.read_text().splitlines() if "overload_began" in line]):
             assert time.monotonic() < give_up
             threading.Event().wait(0.1)
-        assert 0 < json.loads(told[0])["refused"] <= len(refused)  # the rest may have come after that look
+        assert json.loads(told[0])["refused"] > 0
 
     def test_the_metrics_port_of_a_ray_that_runs_is_not_ours_to_choose(self, service: Service, folder: Path) -> None:
         args = {"artifact": str(folder), "replicas": 1, "threads": 1}

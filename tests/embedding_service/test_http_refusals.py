@@ -17,6 +17,7 @@ from uvicorn.protocols.http import auto, httptools_impl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from embedding_service.haproxy_refusals import MARK, SAMPLED
 from embedding_service.http_refusals import install, refusing_protocol
 from embedding_service.instruments import Instruments
 
@@ -133,6 +134,21 @@ def test_queries_that_came_whole_are_refused_and_the_connection_goes_on() -> Non
         ((answer, body),) = Received(wire.written)
         assert (answer.status, body) == (200, b"GET /v1/similar ")
         assert server.noted.num_refused == 3
+
+    asyncio.run(run())
+
+
+def test_a_query_that_stands_for_those_that_haproxy_has_refused() -> None:
+    async def run() -> None:
+        server = Server(busy=False)
+        connection, wire = server.connect()
+        connection.data_received(WHOLE.replace(b"\r\n\r\n", b"\r\n%s: %d\r\n\r\n" % (MARK.encode(), SAMPLED)))
+        connection.data_received(WHOLE)
+        await server.finish()
+        answers = list(Received(wire.written))
+        assert [answer.status for answer, _ in answers] == [503, 200]
+        assert server.noted.num_refused == SAMPLED
+        assert server.noted.requests == {("", "/v1/similar", 503): SAMPLED}
 
     asyncio.run(run())
 
