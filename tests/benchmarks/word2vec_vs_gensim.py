@@ -89,7 +89,7 @@ def compare_words(bench: Bench, repeats: int) -> dict[str, Any]:
 
 
 def compare_cbow(bench: Bench, repeats: int) -> dict[str, Any]:
-    settings = ("model.architecture=cbow", "train.learning_rate=0.05", "train.final_rate=0", "train.threads=2")
+    settings = ("model.architecture=cbow", "train.learning_rate=0.05", "train.threads=2")
     runs: dict[str, list[Run]] = {"gensim": [], "ours": []}
     for seed in range(repeats):
         runs["gensim"].append(bench.gensim(cbow=True, seed=seed))
