@@ -454,7 +454,11 @@ class ServeSettings:
     )
     max_replicas: int = setting(0, "Serve adds replicas under load, up to this many; 0: always `replicas`", low=0)
     target_ongoing_requests: float = setting(
-        32.0, "requests at a time per replica that Serve aims at with max_replicas", low=0.01, high=64.0
+        32.0,
+        "requests at a time per replica that Serve aims at with max_replicas: at most half of what HAProxy passes on, "
+        "as Serve does not see those that wait there",
+        low=0.01,
+        high=32.0,
     )
     shards: int = setting(
         0, "processes that hold a part of each index (see export.index_shards); 0: every replica holds all", low=0

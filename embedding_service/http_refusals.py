@@ -19,7 +19,7 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from embedding_service.haproxy_refusals import MARK, SAMPLED
+from embedding_service.haproxy_refusals import REFUSED_HEADER, SAMPLED
 from embedding_service.http_one_write import OneWrite
 from embedding_service.instruments import Instruments
 
@@ -48,7 +48,7 @@ _ANSWER = (
     b"content-length: %d\r\nx-request-id: %s\r\n\r\n" + _BODY
 )
 _BODY_BYTES = len(_BODY % b"")
-_MARK = b"\r\n%s:" % MARK.encode()
+_MARK = b"\r\n%s: %d\r\n" % (REFUSED_HEADER.encode(), SAMPLED)  # as HAProxy sets it, having removed a client's
 
 # What is relied on of uvicorn.protocols.http.httptools_impl, which promises none of it
 _NEEDED = {

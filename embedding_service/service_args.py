@@ -50,7 +50,7 @@ class ServiceArgs(_Args):
     artifact: str = Field(min_length=1, description="folder of a version, or the root with CURRENT, on every node")
     replicas: int = Field(1, ge=1, description="processes that answer; the least number where max_replicas is set")
     max_replicas: int = Field(0, ge=0, description="Serve adds replicas under load, up to this many; 0: never")
-    target_ongoing_requests: float = Field(32.0, gt=0.0, le=MAX_ONGOING, description="per replica, that it aims at")
+    target_ongoing_requests: float = Field(32.0, gt=0.0, le=MAX_ONGOING / 2, description="per replica, that it aims at")
     shards: int = Field(0, ge=0, le=MAX_SHARDS, description="processes that hold a part of each index; 0: replicas do")
     on_lost_shard: Literal["error", "partial"] = Field("error", description="503, or what the others have, marked")
     shard_timeout_seconds: float = Field(5.0, gt=0.0, description="within which a shard answers; else it is lost")

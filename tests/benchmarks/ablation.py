@@ -88,7 +88,7 @@ def main() -> None:
         seed, dataset, group, name = job
         found: Run | None = kept.get(
             f"{dataset}_two_tower",
-            f"{seed} / {group} / {name}",
+            f"{seed} / {group} / {name} {' '.join(changed(group, name))}",
             lambda: measure(*job, epochs),
             deadline=began + 60 * arguments.minutes,
         )
@@ -106,6 +106,10 @@ def variants(dataset: str) -> list[tuple[str, str, str]]:
     return [(dataset, "base", "recipe"), *((dataset, *name) for name in names)]
 
 
+def changed(group: str, name: str) -> tuple[str, ...]:
+    return () if group == "base" else CHANGES[group][name]
+
+
 def measure(seed: int, dataset: str, group: str, name: str, epochs: int) -> Run:
     """A run in a process of its own: {"value" of the data set's metric, "seconds" of training}."""
     settings = [
@@ -118,7 +122,7 @@ def measure(seed: int, dataset: str, group: str, name: str, epochs: int) -> Run:
         f"data.holdout={HOLDOUTS[dataset]}",
     ]
     recipe = f"{dataset}_two_tower"
-    for change in CHANGES[group][name] if group != "base" else ():
+    for change in changed(group, name):
         what, times, factor = change.partition("*")
         settings.append(f"model.temperature={temperature_of(recipe) * float(factor):.4g}" if times else what)
     run = train_recipe(recipe, *settings)

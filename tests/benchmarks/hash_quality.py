@@ -122,6 +122,10 @@ def recipe_of(dataset: str) -> str:
     return f"{dataset}_two_tower"
 
 
+def key_of(variant: str) -> str:
+    return f"{variant} {' '.join(VARIANTS[variant])}"
+
+
 class Points:
     """What each variant keeps, on test or on validation data, after `epochs` (0: the recipe's)."""
 
@@ -130,11 +134,11 @@ class Points:
         self._kept = Kept(folder, f"hash_quality.{'validation' if validation else 'test'}.{epochs or 'all'}")
 
     def measure(self, dataset: str, name: str, *, deadline: float) -> None:
-        self._kept.get(recipe_of(dataset), name, lambda: self._measured(dataset, name), deadline=deadline)
+        self._kept.get(recipe_of(dataset), key_of(name), lambda: self._measured(dataset, name), deadline=deadline)
 
     def table(self, dataset: str) -> dict[str, Any]:
         """Variant -> its point with the share of the exact map's recall that it keeps."""
-        found = {name: self._kept.find(recipe_of(dataset), name) for name in VARIANTS}
+        found = {name: self._kept.find(recipe_of(dataset), key_of(name)) for name in VARIANTS}
         known = {name: point for name, point in found.items() if point is not None}
         table = {}
         for name, point in known.items():

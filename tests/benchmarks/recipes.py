@@ -14,6 +14,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from cluster.storage import write_json
+
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 
 
@@ -76,8 +78,8 @@ class Kept:
             self._found = json.loads(self._file.read_text()) if self._file.exists() else {}
 
     def get(self, recipe: str, name: str, measure: Callable[[], Any], *, deadline: float | None = None) -> Any:
-        """What `measure` gave for `name`, now or in an earlier call. After `deadline`, in `time.monotonic()`'s seconds,
-        nothing is measured any more: None.
+        """What `measure` gave for `name`, now or in an earlier call. `name` says all that differs from the recipe.
+        After `deadline`, in `time.monotonic()`'s seconds, nothing is measured any more: None.
         """
         key = self._key(recipe, name)
         if key not in self._found and (deadline is None or time.monotonic() < deadline):
@@ -85,7 +87,7 @@ class Kept:
             with self._changing:
                 self._found[key] = found
                 if self._file is not None:
-                    self._file.write_text(json.dumps(self._found, indent=1))
+                    write_json(self._file, self._found)
             progress(f"{recipe} {name}: {json.dumps(found)}")
         return self.find(recipe, name)
 

@@ -55,7 +55,7 @@ from tests.benchmarks.http_peer import measure_peer
 CONCURRENCY = (1, 32, 256)
 BULK = (1000, 10_000)
 MAX_CONNECTIONS = 768  # twice what the service lets wait; wrk's own time grows with them
-FLOOD_SECONDS = 15.0  # a replica takes in new connections one by one, so that the first seconds are slower
+FLOOD_SECONDS = 15.0  # so that the first second, with its new connections, weighs little
 MIN_OFFERED = 1.6  # of the peak, else it was not an overload: refusals that come late hold connections up
 TIMEOUT_SECONDS = 10.0
 

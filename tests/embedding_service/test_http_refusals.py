@@ -17,7 +17,7 @@ from uvicorn.protocols.http import auto, httptools_impl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from embedding_service.haproxy_refusals import MARK, SAMPLED
+from embedding_service.haproxy_refusals import REFUSED_HEADER, SAMPLED
 from embedding_service.http_refusals import install, refusing_protocol
 from embedding_service.instruments import Instruments
 
@@ -142,7 +142,7 @@ def test_a_query_that_stands_for_those_that_haproxy_has_refused() -> None:
     async def run() -> None:
         server = Server(busy=False)
         connection, wire = server.connect()
-        connection.data_received(WHOLE.replace(b"\r\n\r\n", b"\r\n%s: %d\r\n\r\n" % (MARK.encode(), SAMPLED)))
+        connection.data_received(WHOLE.replace(b"\r\n\r\n", b"\r\n%s: %d\r\n\r\n" % (REFUSED_HEADER.encode(), SAMPLED)))
         connection.data_received(WHOLE)
         await server.finish()
         answers = list(Received(wire.written))

@@ -95,9 +95,8 @@ def slow_block(
 @pytest.mark.parametrize("window", [0, 1, 2, 5])
 @pytest.mark.parametrize("num_negatives", [1, 4, 7])
 @pytest.mark.parametrize("cbow", [False, True])
-@pytest.mark.parametrize(
-    "dim", [4, 12, DIM]
-)  # rows of one vector of registers, of several, of an odd number of cache lines
+# rows of one vector of registers, of several, of an even and of an odd number of cache lines
+@pytest.mark.parametrize("dim", [4, 12, 20, DIM])
 def test_the_kernel_is_the_slow_formula(cbow: bool, window: int, num_negatives: int, dim: int) -> None:
     negatives = np.array([7, 0, 11, 3, 3, 9])
     source, target = tables(dim=dim)
