@@ -1,9 +1,10 @@
 """The queue before the replicas, and refusals, in HAProxy: neither costs a replica anything there.
 
 A replica answers fastest when it has some dozens of requests at a time. With more the turns of its event loop grow, and
-each takes in one new connection: with 256 callers, 1 in 100 waited over a second. So HAProxy passes on to each what it
-works on at once, and the others wait in HAProxy, for whichever replica is free first. Single queries beyond what may
-wait are answered by HAProxy with a 503; some go to a replica, marked, to be refused there and counted for the others.
+each takes in one new connection: with 256 callers, 1 in 100 waited about a second (`serve_load`). So HAProxy passes on
+to each what it works on at once, and the others wait in HAProxy, for whichever replica is free first. Single queries
+beyond what may wait are answered by HAProxy with a 503; some go to a replica, marked, to be refused there and counted
+for the others.
 What else HAProxy refuses (bulk requests beyond twice as many, no replica) is not in a replica's metrics, and neither is
 the time that requests wait here.
 
@@ -26,7 +27,7 @@ _INTERVAL = "5s"  # Serve's default of what the variable is for
 # A replica that does not accept connections is left out at once, until health checks find it again: with nothing to
 # work on it would be the least busy one, and what is passed on to it in vain is refused after a few attempts
 _GONE = "observe layer4 error-limit 2 on-error mark-down"
-_QUEUE_SECONDS = 5  # all that wait are through in a tenth of a second, unless the replicas have come to a stop
+_QUEUE_SECONDS = 5  # for single queries that is a replica at a stop; for what waits behind bulk requests, enough
 _FULL = "more requests than the replicas take on: come back in a second"
 _NONE_FREE = "no replica could take this request on in time: come back in a second"
 

@@ -182,7 +182,10 @@ class Item2Vec:
                         temper(change, rate * self._learning_rate * steps, own, num_parts)
 
                 list(pool.map(merge, block.parts, learned))
-            gradients = list(pool.map(lambda table: self._gradient(table, block, before[table], learned), (0, 1)))
+            inputs = [(part.source, result.source) for part, result in zip(block.parts, learned, strict=True)]
+            outputs = [(part.target, result.target) for part, result in zip(block.parts, learned, strict=True)]
+            ids = (block.source, block.target)
+            gradients = list(pool.map(self._gradient, ("input", "output"), ids, before, (inputs, outputs)))
         device = found["input"].device
         moves = [torch.from_numpy(gradient).to(device) for gradient in gradients]
         torch.autograd.backward([found["input"], found["output"]], moves)
@@ -191,16 +194,17 @@ class Item2Vec:
             loss = float("nan")  # the kernel's sigmoid is clamped, so its own sum would hide it
         return loss, pairs
 
-    def _gradient(self, table: int, block: _Block, before: np.ndarray, learned: Sequence[_Learned]) -> np.ndarray:
-        """What the table's SGD is to subtract: less the sum of what the parts have learned. float32 [n, dim].
+    def _gradient(
+        self, name: str, ids: np.ndarray, before: np.ndarray, learned: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> np.ndarray:
+        """What the SGD of the table `name` is to subtract: less the sum of what the parts learned. float32 [n, dim].
 
-        table: 0 for inputs, 1 for outputs; before: float32 [n, dim], the block's rows of it.
+        ids: int64 [n]; before: float32 [n, dim], the block's rows; learned: of each part its rows among them and what
+        these have learned.
         """
         gradient = np.zeros_like(before)
-        for part, result in zip(block.parts, learned, strict=True):
-            rows, change = ((part.source, result.source), (part.target, result.target))[table]
+        for rows, change in learned:
             skipgram.subtract_rows(gradient, rows, change)
-        name, ids = (("input", block.source), ("output", block.target))[table]
         if name in self.tables.maps:
             gradient *= own_part(self.tables.maps[name], ids)[:, None]
         return gradient

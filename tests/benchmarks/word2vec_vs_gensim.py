@@ -14,8 +14,8 @@ train` on the recipe word2vec.toml: reading, sharded tables, checkpoints and all
     score_drop_8_workers, _32_workers   mean of the scores of one worker less that of 8 and 32, same epochs. Workers are
                                         simulated by threads of one process, which merge as workers do
 
-Speeds are medians of runs that alternate with gensim's, scores their means: each run has a seed of its own, which moves
-a score by about .005. The last line on standard output is one JSON object.
+Speeds are medians of runs that alternate with gensim's, scores their means: each run has a seed of its own. The last
+line on standard output is one JSON object.
 """
 
 from __future__ import annotations
