@@ -44,6 +44,7 @@ class Candidates:
         self.vectors = vectors
         self._metric: Metric = metric
         self._index = index
+        self._walk = None if index is None else index.walk_over(vectors)
         self._pool, self._threads = pool, 1 if index is None or index.on_gpu else threads
 
     def search(self, queries: Float32, k: int) -> tuple[Float32, Int64]:
@@ -84,7 +85,7 @@ class Candidates:
         if self._index is None:
             return first_unseen(*exact_search(queries, self.vectors, wanted, metric=self._metric), seen, k)
         scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        smallest = max(_SHARE, self.rows // _ROWS_PER_QUERY)
+        smallest = _SHARE if self._walk is not None else max(_SHARE, self.rows // _ROWS_PER_QUERY)
         on_loop = asyncio._get_running_loop() is not None  # then it is a moment's work, and the loop holds up a helper
         shares = _shares(len(queries), 1 if on_loop else self._threads, smallest)
         todo = iter(shares)
@@ -108,7 +109,10 @@ class Candidates:
         # and of what a lossy index finds, the best by their vectors
         fetch = wanted + _SPARE if self._index.exhaustive else wanted * self._index.rescore
         fetch = min(self.rows, fetch)
-        found = self._index.search_rows(queries, fetch)
+        if self._walk is not None:
+            found = self._walk.search_rows(queries, fetch, self._index.breadth)
+        else:
+            found = self._index.search_rows(queries, fetch)
         lacking = np.empty(len(queries), np.bool_)
         if kernels.best_unseen(
             queries, found, *self.vectors.stored, self._metric == "cosine", wanted, self._index.exhaustive,

@@ -32,7 +32,9 @@ import numpy as np
 from cluster.errors import ArtifactError, SettingError
 from cluster.storage import write_json
 from embedding_service.exact import ArrayVectors, Float32, Int64, Metric, Vectors, unit_length
+from embedding_service.graph_walk import GraphWalk
 from embedding_service.index_plan import ROWS_PER_CENTROID, TRAINED_PER_CENTROID, advice, auto_factory, check_memory
+from embedding_service.vectors import VectorSet
 
 Arrangement = Literal["plain", "centred", "augmented"]
 Device = Literal["auto", "cpu", "gpu"]  # auto: the GPU where there is one and FAISS has the kind of index for it
@@ -226,6 +228,26 @@ class VectorIndex:
         finally:
             faiss.omp_set_num_threads(threads)
         return rows
+
+    def walk_over(self, vectors: VectorSet) -> GraphWalk | None:
+        """The search of this graph by `vectors`, those that it was built over, as long as the index lives; None where
+        FAISS is to search: there is no graph, or it is walked by codes that are smaller.
+        """
+        whole = faiss.downcast_index(self._index)
+        if not isinstance(whole, faiss.IndexHNSWFlat):
+            return None
+        graph: Any = whole.hnsw
+        widths = [graph.cum_nb_neighbors(level) for level in range(graph.cum_nneighbor_per_level.size())]
+        return GraphWalk(
+            faiss.rev_swig_ptr(graph.neighbors.data(), graph.neighbors.size()),
+            faiss.vector_to_array(graph.offsets).view(np.int64),
+            np.array(widths, np.int64), graph.entry_point, graph.max_level, vectors, self.metric,
+        )  # fmt: skip
+
+    @property
+    def breadth(self) -> int:
+        """The graph's efSearch."""
+        return int(_core(self._index).hnsw.efSearch)
 
     def check_rows(self) -> None:
         """Raise ArtifactError if the inverted lists name rows that do not exist: FAISS does not look."""

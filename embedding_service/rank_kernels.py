@@ -101,11 +101,11 @@ def first_unseen(scores: Any, rows: Any, seen: Any, offsets: Any, out_scores: An
         _keep_unseen(scores[i], rows[i], seen[offsets[i] : offsets[i + 1]], out_scores[i], out_rows[i])
 
 
-def _decoded(code: Any) -> Any:
+def decoded(code: Any) -> Any:
     """The float32 of a stored component, but for int8's scale; float16 comes as its bits, in uint16."""
 
 
-@overload(_decoded)
+@overload(decoded)
 def _decoded_by_type(code: Any) -> Callable[[Any], Any]:
     def half(code: Any) -> Any:
         """Shifted into the fields of a float32, a float16 is too small by the difference of the exponents' biases."""
@@ -123,7 +123,7 @@ def _dot(query: Any, code: Any, factor: Any) -> Any:
     """Inner product in float64 of a query and a stored vector, summed in the order that suits the processor."""
     total = 0.0
     for d in range(len(query)):
-        total += query[d] * np.float64(np.float32(_decoded(code[d]) * factor))
+        total += query[d] * np.float64(np.float32(decoded(code[d]) * factor))
     return total
 
 
@@ -132,13 +132,13 @@ def _squared(code: Any, factor: Any) -> Any:
     """The squared length in float64 of a stored vector."""
     total = 0.0
     for d in range(len(code)):
-        value = np.float64(np.float32(_decoded(code[d]) * factor))
+        value = np.float64(np.float32(decoded(code[d]) * factor))
         total += value * value
     return total
 
 
 @intrinsic
-def _prefetch(_: Any, address: Any) -> Any:
+def prefetch(_: Any, address: Any) -> Any:
     """Have the processor fetch the cache line at `address`, without waiting for it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -161,7 +161,7 @@ def _prefetch_rows(codes: Any, rows: Any) -> None:
         if row >= 0:
             start = codes.ctypes.data + row * row_bytes
             for offset in range(0, row_bytes, _CACHE_LINE):
-                _prefetch(start + offset)  # type: ignore[call-arg]  # numba adds the first argument
+                prefetch(start + offset)  # type: ignore[call-arg]  # numba adds the first argument
 
 
 def _scores_of(codes: Any) -> Any:

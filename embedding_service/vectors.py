@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,16 @@ class VectorSet:
         """The codes [rows, dim] as kernels take them, fp16 as its bits in uint16, and int8's scale [rows], else [0]."""
         codes = self._codes.view(np.uint16) if self.precision == "fp16" else self._codes
         return codes, np.empty(0, np.float32) if self._scale is None else self._scale
+
+    @functools.cached_property
+    def unit_factors(self) -> Float32:
+        """float32 [rows]: what makes each row of `stored` a unit vector, int8's scale included; 0 where it is zero."""
+        factors = np.empty(self.rows, np.float32)
+        for start, chunk in self.chunks():
+            lengths = np.linalg.norm(chunk, axis=1)
+            scale = 1.0 if self._scale is None else self._scale[start : start + len(chunk)]
+            factors[start : start + len(chunk)] = np.where(lengths > 0, scale / np.maximum(lengths, 1e-30), 0.0)
+        return factors
 
     def take(self, rows: npt.NDArray[np.integer]) -> Float32:
         """float32 [*rows.shape, dim]. `rows` lie in 0..rows - 1."""
