@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.grpc_addresses import listen_on_node
-from cluster.metrics import RayMetrics
+from cluster.metrics import RayMetrics, leave_out_request_histograms
 from cluster.periodic import Periodic
 from embedding_service import http_refusals
 from embedding_service.artifact import Artifact
@@ -90,6 +90,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> HttpService:
         """Serve calls it in the replica's process, before it starts the HTTP and gRPC servers there."""
+        leave_out_request_histograms()
         http_refusals.install(self._instruments, MAX_ONGOING + MAX_QUEUED)
         gc.set_threshold(_GC_THRESHOLD)
         listen_on_node()
