@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-REQUEST_HISTOGRAMS = frozenset(
+_REQUEST_HISTOGRAMS = frozenset(
     ("serve_deployment_processing_latency_ms", "serve_http_request_latency_ms", "serve_grpc_request_latency_ms")
 )
 _PREFIX = "ray_"  # Ray's, of every metric
@@ -129,7 +129,7 @@ def leave_out_request_histograms() -> None:
 
 def _observing_others(observe: Callable[..., None]) -> Callable[..., None]:
     def observe_others(self: Any, value: float, tags: dict[str, str] | None = None) -> None:
-        if self._name not in REQUEST_HISTOGRAMS:
+        if self._name not in _REQUEST_HISTOGRAMS:
             observe(self, value, tags)
 
     return observe_others

@@ -11,8 +11,9 @@ between what is compared, and a figure is the median of its rounds.
     bulk_over_faiss    the lower of Arrow requests of 1 k and 10 k queries, from the first byte sent to the last
                        received, over `search` of the same index with as many threads in this process
     overload_kept      answers (200) per second at twice the peak's rate of requests, over the peak's, which the same
-                       client finds in turns with it; null where requests were lost or late, or the rate stayed below
-                       1.6 peaks: `overload` says which
+                       client finds before and after it: the median of five floods, each over the mean of its two
+                       peaks; null where requests were lost or late, or the rate stayed below 1.6 peaks: `overload`
+                       says which
     peer               POST of one query vector, JSON, to a Chroma server with the same vectors and to ours, tuned to
                        its recall (`http_peer`); in words where `chroma` (pip install chromadb, in an environment of
                        its own) is not here
@@ -51,14 +52,14 @@ from tests.benchmarks.http_endpoints import (
     single_endpoints,
 )
 from tests.benchmarks.http_load import client_name
-from tests.benchmarks.http_overload import Overload, overload
+from tests.benchmarks.http_overload import overload
 from tests.benchmarks.http_peer import measure_peer
 
 CONCURRENCY = (1, 32, 256)
 BULK = (1000, 10_000)
 MAX_CONNECTIONS = 768  # twice what the service lets wait; wrk's own time grows with them
-FLOODS = 3
-FLOOD_SECONDS = 12.0  # so that the first second, with its new connections, weighs little
+FLOODS = 5
+FLOOD_SECONDS = 10.0  # so that the first second, with its new connections, weighs little
 PEAK_SECONDS = 4.0
 UNLIMITED = 1e9  # requests/s: as soon as a connection is free
 MIN_OFFERED = 1.6  # of the peak, else it was not an overload: refusals that come late hold connections up
@@ -119,29 +120,29 @@ def measure_overload(endpoint: Endpoint) -> dict[str, Any]:
     if client_name() != "wrk":
         return {"kept": None, "problem": "needs wrk: the client in Python is slower than the service"}
     send = partial(overload, *endpoint, timeout_seconds=TIMEOUT_SECONDS)
-    peaks: dict[int, list[float]] = {connections: [] for connections in CONCURRENCY[1:]}
-    floods: list[Overload] = []
-    for number in range(FLOODS + 1):
-        for connections, answered in peaks.items():
-            found = send(rate=UNLIMITED, connections=connections, seconds=PEAK_SECONDS)
-            if number:  # the first round warms up
-                answered.append(found.answered)
-        if number:
-            peak = max(median(answered) for answered in peaks.values())
-            floods.append(send(rate=2 * peak, connections=MAX_CONNECTIONS, seconds=FLOOD_SECONDS))
-            note(f"peak {peak:.0f}/s, at twice that {floods[-1].answered:.0f}/s")
-    peak = max(median(answered) for answered in peaks.values())
-    problem = ""
-    for found in floods:
+
+    def peak_with(connections: int) -> float:
+        return send(rate=UNLIMITED, connections=connections, seconds=PEAK_SECONDS).answered
+
+    peak_with(CONCURRENCY[1])  # warms up
+    best = max(CONCURRENCY[1:], key=peak_with)
+    peaks, floods, shares, problem = [peak_with(best)], [], [], ""
+    for _ in range(FLOODS):
+        found = send(rate=2 * peaks[-1], connections=MAX_CONNECTIONS, seconds=FLOOD_SECONDS)
+        peaks.append(peak_with(best))
+        peak = (peaks[-1] + peaks[-2]) / 2
+        floods.append(found)
+        shares.append(found.answered / peak)
+        note(f"peaks of {peak:.0f}/s, at twice that {found.answered:.0f}/s and {found.refused:.0f} refusals")
         if not found.is_orderly:
             problem = f"{found.others} other answers, {found.broken} broken connections, {found.late} late answers"
-        elif found.offered < MIN_OFFERED * peak:
-            problem = f"{found.offered:.0f} requests/s were offered, {found.offered / peak:.2f} of the peak"
-    kept = median(found.answered for found in floods) / peak
+        elif found.offered < MIN_OFFERED * peaks[-2]:
+            problem = f"{found.offered:.0f} requests/s were offered, {found.offered / peaks[-2]:.2f} of the peak"
     return {
-        "kept": None if problem else kept,
-        "answered_over_peak": kept,
+        "kept": None if problem else median(shares),
+        "answered_over_peak": shares,
         "peaks": peaks,
+        "peak_connections": best,
         "timeout_seconds": TIMEOUT_SECONDS,
         "floods": [asdict(found) for found in floods],
         "problem": problem,
