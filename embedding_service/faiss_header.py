@@ -30,6 +30,8 @@ def check_index_file(file: Path, *, rows: int, width: int) -> None:
         kind = reader.take(4)
         if not kind.startswith(_PREFIXES):
             reader.refuse(f"is no FAISS index (it begins with {kind!r})")
+        if kind.startswith(b"IH") and kind not in _HNSW:
+            reader.refuse(f"is a graph of a kind that is not read here ({kind!r})")
         d, ntotal, _, _, _, metric = _HEADER.unpack(reader.take(_HEADER.size))
         if (d, ntotal) != (width, rows):
             reader.refuse(f"says it has {ntotal} vectors of {d} components; the manifest says {rows} of {width}")

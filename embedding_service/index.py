@@ -12,7 +12,8 @@ in length or share a common direction, as item2vec's output vectors do. A graph 
 recall@20 of HNSW32 at efSearch 64 over Gowalla's item2vec vectors, plain / centred / augmented: .50 / .90 / .98
 (`tests.benchmarks.index_tradeoff`, `gowalla.arrangements`). Which is best differs from data to data, so
 `embedding_service.tuning` tries the augmented one where the centred one needs a long search. The other kinds, and
-cosine, are as FAISS has them ("plain").
+cosine, are as FAISS has them ("plain"). A graph over float32 vectors is searched by those that the artifact stores, see
+`graph_walk`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import numpy as np
 from cluster.errors import ArtifactError, SettingError
 from cluster.storage import write_json
 from embedding_service.exact import ArrayVectors, Float32, Int64, Metric, Vectors, unit_length
-from embedding_service.graph_walk import GraphWalk
+from embedding_service.graph_walk import Graph, GraphWalk
 from embedding_service.index_plan import ROWS_PER_CENTROID, TRAINED_PER_CENTROID, advice, auto_factory, check_memory
 from embedding_service.vectors import VectorSet
 
@@ -230,19 +231,22 @@ class VectorIndex:
         return rows
 
     def walk_over(self, vectors: VectorSet) -> GraphWalk | None:
-        """The search of this graph by `vectors`, those that it was built over, as long as the index lives; None where
-        FAISS is to search: there is no graph, or it is walked by codes that are smaller.
+        """The search of this graph by `vectors`, those that it was built over; None where FAISS is to search: there is
+        no graph, it is walked by codes that are smaller, or its file is mapped and its arrays lie askew.
+
+        It holds for as long as nothing is added. Raises ValueError for another number of vectors.
         """
         whole = faiss.downcast_index(self._index)
-        if not isinstance(whole, faiss.IndexHNSWFlat):
+        if type(whole) is not faiss.IndexHNSWFlat:
             return None
-        graph: Any = whole.hnsw
-        widths = [graph.cum_nb_neighbors(level) for level in range(graph.cum_nneighbor_per_level.size())]
-        return GraphWalk(
-            faiss.rev_swig_ptr(graph.neighbors.data(), graph.neighbors.size()),
-            faiss.vector_to_array(graph.offsets).view(np.int64),
-            np.array(widths, np.int64), graph.entry_point, graph.max_level, vectors, self.metric,
-        )  # fmt: skip
+        hnsw: Any = whole.hnsw
+        neighbours = faiss.rev_swig_ptr(hnsw.neighbors.data(), hnsw.neighbors.size())
+        if neighbours.ctypes.data % neighbours.itemsize:
+            return None
+        offsets = faiss.rev_swig_ptr(hnsw.offsets.data(), hnsw.offsets.size()).view(np.int64)
+        widths = [hnsw.cum_nb_neighbors(level) for level in range(hnsw.cum_nneighbor_per_level.size())]
+        graph = Graph(neighbours, offsets, np.array(widths, np.int64), hnsw.entry_point, hnsw.max_level, self._index)
+        return GraphWalk(graph, vectors, self.metric)
 
     @property
     def breadth(self) -> int:

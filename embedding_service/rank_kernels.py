@@ -23,7 +23,7 @@ _INT64S_2D_IN = types.Array(types.int64, 2, "A", readonly=True)
 _INT64S_IN = types.Array(types.int64, 1, "A", readonly=True)
 _BOOLS = types.Array(types.boolean, 1, "C")
 _INSERTION_SORT = 64  # up to this many it is the fastest
-_CACHE_LINE = 64  # bytes
+CACHE_LINE = 64  # bytes
 
 
 def _kernel(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -160,7 +160,7 @@ def _prefetch_rows(codes: Any, rows: Any) -> None:
     for row in rows:
         if row >= 0:
             start = codes.ctypes.data + row * row_bytes
-            for offset in range(0, row_bytes, _CACHE_LINE):
+            for offset in range(0, row_bytes, CACHE_LINE):
                 prefetch(start + offset)  # type: ignore[call-arg]  # numba adds the first argument
 
 

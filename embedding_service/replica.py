@@ -116,6 +116,7 @@ class ShardReplica:
     def __init__(self, args: dict[str, Any], number: int) -> None:
         settings = ServiceArgs.model_validate(args)
         configure_logs(settings.log_format, settings.log_file, settings.log_level)
+        leave_out_request_histograms()
         self._versions = ShardVersions(settings, number)
         self._searching = ThreadPoolExecutor(max(2, settings.threads), thread_name_prefix="search")
 

@@ -44,12 +44,12 @@ class VectorSet:
 
     @functools.cached_property
     def unit_factors(self) -> Float32:
-        """float32 [rows]: what makes each row of `stored` a unit vector, int8's scale included; 0 where it is zero."""
+        """float32 [rows]: what makes each row of `stored` a unit vector, with int8's scale; of zeros any number."""
         factors = np.empty(self.rows, np.float32)
         for start, chunk in self.chunks():
-            lengths = np.linalg.norm(chunk, axis=1)
+            lengths = np.sqrt(np.einsum("nd,nd->n", chunk, chunk, dtype=np.float64))
             scale = 1.0 if self._scale is None else self._scale[start : start + len(chunk)]
-            factors[start : start + len(chunk)] = np.where(lengths > 0, scale / np.maximum(lengths, 1e-30), 0.0)
+            factors[start : start + len(chunk)] = scale / np.maximum(lengths, 1e-30)
         return factors
 
     def take(self, rows: npt.NDArray[np.integer]) -> Float32:

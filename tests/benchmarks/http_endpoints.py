@@ -2,7 +2,8 @@
 
 The bare endpoint is an `async __call__` that returns a constant, on the same Serve instance in high-throughput mode,
 one replica each with the same options. Serve watches its clients as it does by default; `bare_unwatched` asks it for
-what our replicas ask by themselves (`embedding_service.http_unwatched`).
+what our replicas ask by themselves (`embedding_service.http_unwatched`). Both have Serve's histograms of every request,
+which our replicas leave out (`cluster.metrics.leave_out_request_histograms`).
 """
 
 from __future__ import annotations

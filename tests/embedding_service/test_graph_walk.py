@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedding_service.exact import Metric
+from embedding_service.candidates import Candidates
+from embedding_service.exact import Metric, exact_search
+from embedding_service.graph_walk import Graph, GraphWalk
 from embedding_service.index import Arrangement, VectorIndex
 from embedding_service.quantize import PRECISIONS, Precision, encode
 from embedding_service.vectors import VectorSet
@@ -84,18 +86,67 @@ def test_a_small_graph_is_found_whole(rows: int, vectors: np.ndarray, queries: n
     assert (found[:, rows:] == -1).all()
 
 
-def test_a_row_that_lacks_a_level_ends_the_way_up(vectors: np.ndarray, queries: np.ndarray) -> None:
-    """A damaged graph may lead, on a high level, to a row that has no such level: there is nothing to read there."""
-    index = graph(vectors)
-    walk = index.walk_over(VectorSet(vectors, None, "fp32"))
-    assert walk is not None
-    neighbours, offsets, widths, entry, top, codes, factors = walk._graph
-    low = int(np.flatnonzero(np.diff(offsets) == widths[1])[-1])
-    turned = neighbours.copy()
-    turned[offsets[entry] + widths[top] : offsets[entry] + widths[top + 1]] = low
-    walk._graph = turned, offsets, widths, entry, top, codes, factors
-    found = walk.search_rows(queries, 10, 40)
-    assert ((found >= 0) & (found < ROWS)).all()
+def by_hand(neighbours: list[list[int]], width: int) -> Graph:
+    """A graph of one level with room for `width` neighbours of each row, entered at row 0."""
+    table = np.full((len(neighbours), width), -1, np.int32)
+    for row, those in enumerate(neighbours):
+        table[row, : len(those)] = those
+    offsets = np.arange(len(neighbours) + 1, dtype=np.int64) * width
+    return Graph(table.ravel(), offsets, np.array([0, width], np.int64), 0, 0, table)
+
+
+def test_a_row_that_lacks_a_level_ends_the_way_up() -> None:
+    """A damaged graph may lead, on a high level, to a row that has no such level: there is nothing of it to read."""
+    # row 0 is on levels 0 and 1, all others on level 0 alone; behind the neighbours of row 1 come those of row 2
+    neighbours = np.array([1, -1, 1, -1, 0, -1, 3, -1, 2, -1], np.int32)
+    graph = Graph(neighbours, np.array([0, 4, 6, 8, 10]), np.array([0, 2, 4]), 0, 1, None)
+    vectors = VectorSet(np.array([[1.0], [2.0], [3.0], [4.0]], np.float32), None, "fp32")
+    found = GraphWalk(graph, vectors, "ip").search_rows(np.ones((1, 1), np.float32), 4, 4)
+    assert found.tolist() == [[1, 0, -1, -1]]  # 3 would be met by reading on at what is row 2's
+
+
+def test_a_row_with_thousands_of_neighbours() -> None:
+    rows = 9000
+    graph = by_hand([[*range(1, rows)], *([0] for _ in range(rows - 1))], rows - 1)
+    vectors = VectorSet(np.arange(rows, dtype=np.float32)[:, None], None, "fp32")
+    found = GraphWalk(graph, vectors, "ip").search_rows(np.ones((2, 1), np.float32), 3, 3)
+    assert found.tolist() == [[rows - 1, rows - 2, rows - 3]] * 2
+
+
+def test_an_empty_graph_has_nothing() -> None:
+    graph = by_hand([[1], [0]], 1)._replace(entry=-1, top=-1)
+    walk = GraphWalk(graph, VectorSet(np.ones((2, 3), np.float32), None, "fp32"), "ip")
+    assert walk.search_rows(np.ones((1, 3), np.float32), 2, 5).tolist() == [[-1, -1]]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    graph = by_hand([[1], [0]], 1)
+    with pytest.raises(ValueError, match="3 vectors for a graph of 2 rows"):
+        GraphWalk(graph, VectorSet(np.ones((3, 4), np.float32), None, "fp32"), "ip")
+    walk = GraphWalk(graph, VectorSet(np.ones((2, 4), np.float32), None, "fp32"), "ip")
+    with pytest.raises(ValueError, match=r"queries must be \[n, 4\]"):
+        walk.search_rows(np.ones((1, 5), np.float32), 2, 5)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_unit_factors_make_unit_vectors(precision: Precision) -> None:
+    vectors = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
+    vectors[1] = 0.0
+    vectors[2] *= np.float32(1e-24 if precision == "fp32" else 1e-3)
+    stored = VectorSet(*encode(vectors, precision), precision)
+    codes = stored.stored[0].view(np.float16) if precision == "fp16" else stored.stored[0]
+    lengths = np.linalg.norm(codes.astype(np.float64) * stored.unit_factors.astype(np.float64)[:, None], axis=1)
+    np.testing.assert_allclose(lengths, [1, 0, 1, 1, 1], atol=1e-6)
+
+
+def test_candidates_walk_with_the_breadth_that_is_set(vectors: np.ndarray, queries: np.ndarray) -> None:
+    index = graph(vectors, ef=1)
+    candidates = Candidates(VectorSet(vectors, None, "fp32"), "ip", index)
+    index.search_rows = None  # type: ignore[assignment, method-assign]  # FAISS is not asked
+    exact = exact_search(queries, vectors, 1, metric="ip")[1]
+    narrow = (candidates.search(queries, 1)[1] == exact).mean()
+    index.set_parameters({"efSearch": 200})
+    assert (candidates.search(queries, 1)[1] == exact).mean() > narrow
 
 
 def test_faiss_searches_what_has_codes_of_its_own(vectors: np.ndarray) -> None:
