@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 REQUEST_ID = b"x-request-id"  # Serve gives one to every request that has none, and answers with it
 MAX_ID = 200
+BODY_SECONDS = 20.0  # from a request's head to the end of its body
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,19 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The body; Problem 413 as soon as it is announced to be, or turns out, larger than `limit` bytes."""
+async def read_body(scope: Scope, receive: Receive, limit: int, *, seconds: float = BODY_SECONDS) -> bytes:
+    """The body; Problem 413 as soon as it is announced to be, or turns out, larger than `limit` bytes, and 408 where it
+    is not there within `seconds`: few requests that never end could otherwise take all the places of a replica.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await _read_body(scope, receive, limit)
+    except TimeoutError:
+        message = f"the body was not there within {seconds:g} s: send less at a time"
+        raise Problem(408, "body_too_slow", message, ((b"connection", b"close"),)) from None
+
+
+async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     too_large = body_too_large(limit)
     announced = header(scope, b"content-length")
     if announced.isdigit() and int(announced[:20]) > limit:
