@@ -117,9 +117,8 @@ class RayMetrics:
 def leave_out_request_histograms() -> None:
     """Have Serve observe no latency of this replica's requests: `Instruments` has them, at a small part of the cost.
 
-    Ray passes a histogram on as its observations, one by one: at 3,000 requests per second that was a fifth of a core
-    of the node's agent (py-spy), and each is observed on the replica's event loop, all at once ten times a second.
-    Serve's counters and gauges stay.
+    Ray passes a histogram on as its observations, one by one, in a loop in Python in the node's agent, and Serve makes
+    them on the replica's event loop, ten times a second all at once. Its counters and gauges stay.
     """
     from ray.serve import metrics as of_serve
     from ray.util import metrics as of_ray

@@ -17,10 +17,10 @@ import numpy.typing as npt
 from numba import njit, types
 
 from embedding_service.exact import Float32, Int64, Metric
-from embedding_service.rank_kernels import CACHE_LINE, decoded, prefetch
+from embedding_service.rank_kernels import decoded, prefetch_from
 from embedding_service.vectors import VectorSet
 
-_MOST_LINES = 8  # of a vector that are fetched ahead; the processor sees by itself what follows
+_MOST_AHEAD = 512  # bytes of a vector that are fetched ahead; the processor sees by itself what follows
 _SLOT_BITS = 12  # of the table of rows that a query has met, at first
 _FLOATS_IN = types.Array(types.float32, 1, "C", readonly=True)
 _INT64S_IN = types.Array(types.int64, 1, "C", readonly=True)
@@ -85,12 +85,6 @@ def _score(query: Any, codes: Any, factors: Any, row: int) -> Any:
 
 
 @njit(error_model="numpy")
-def _prefetch_from(address: int, num_bytes: int) -> None:
-    for offset in range(0, min(num_bytes, _MOST_LINES * CACHE_LINE), CACHE_LINE):
-        prefetch(address + offset)  # type: ignore[call-arg]  # numba adds the first argument
-
-
-@njit(error_model="numpy")
 def _slot(row: Any, bits: int) -> Any:
     """Of 2 ** bits: Fibonacci hashing (Knuth, volume 3, section 6.4)."""
     return ((row * 0x9E3779B1) & 0xFFFFFFFF) >> (32 - bits)
@@ -102,6 +96,7 @@ def _nearest(
 ) -> Any:
     """Uphill on the levels above the lowest: the row where that ends, and its score."""
     row_bytes = codes.shape[1] * codes.itemsize
+    ahead = min(row_bytes, _MOST_AHEAD)
     best, score = entry, _score(query, codes, factors, entry)
     for level in range(top, 0, -1):
         moved = True
@@ -111,7 +106,7 @@ def _nearest(
             end = min(offsets[best] + widths[level + 1], offsets[best + 1])
             for j in range(begin, end):
                 if neighbours[j] >= 0:
-                    _prefetch_from(codes.ctypes.data + neighbours[j] * row_bytes, row_bytes)
+                    prefetch_from(codes.ctypes.data + neighbours[j] * row_bytes, ahead)
             for j in range(begin, end):
                 row = neighbours[j]
                 if row < 0:
@@ -196,6 +191,7 @@ def _walk(
     met is kept in a hash table, since a note per row of the catalogue would have to be cleared.
     """
     row_bytes = codes.shape[1] * codes.itemsize
+    ahead = min(row_bytes, _MOST_AHEAD)
     rows, scores = np.empty(breadth, np.int64), np.empty(breadth, np.float32)
     expanded = np.empty(breadth, np.bool_)
     fresh = np.empty(widths[1], np.int64)
@@ -220,7 +216,7 @@ def _walk(
                 if _note(met, bits, number, row):
                     fresh[num_fresh] = row
                     num_fresh += 1
-                    _prefetch_from(codes.ctypes.data + row * row_bytes, row_bytes)
+                    prefetch_from(codes.ctypes.data + row * row_bytes, ahead)
             num_met += num_fresh
             if 2 * (num_met + len(fresh)) > len(met):
                 met = _doubled(met, bits, number)
@@ -234,6 +230,6 @@ def _walk(
             while current < num and expanded[current]:
                 current += 1
             if current < num:
-                _prefetch_from(neighbours.ctypes.data + 4 * offsets[rows[current]], 4 * widths[1])
+                prefetch_from(neighbours.ctypes.data + 4 * offsets[rows[current]], min(4 * widths[1], _MOST_AHEAD))
         for j in range(found.shape[1]):
             found[i, j] = rows[j] if j < num else -1

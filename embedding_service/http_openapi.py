@@ -191,8 +191,11 @@ def _operation(schema: Callable[..., dict[str, Any]], method: str) -> Callable[.
         return {"summary": summary, "parameters": parameters, "responses": responses((answer,), errors)}
 
     def post(summary: str, pair: Pair, example: Any, *answers: type[BaseModel]) -> dict[str, Any]:
-        errors = {"400": "the body is wrong", "408": "the body did not come in time"}
-        errors["413"] = "the body or the batch is larger than the limit"
+        errors = {
+            "400": "the body is wrong",
+            "408": "the body did not come in time",
+            "413": "the body or the batch is larger than the limit",
+        }
         if "keys" in pair.plurals and "key" in pair.single.model_fields:
             errors["404"] = "the one `key` is not in the vocabulary"
         content = {"application/json": {"schema": schema(pair.single, pair.batch), "example": example}}

@@ -23,7 +23,7 @@ _INT64S_2D_IN = types.Array(types.int64, 2, "A", readonly=True)
 _INT64S_IN = types.Array(types.int64, 1, "A", readonly=True)
 _BOOLS = types.Array(types.boolean, 1, "C")
 _INSERTION_SORT = 64  # up to this many it is the fastest
-CACHE_LINE = 64  # bytes
+_CACHE_LINE = 64  # bytes
 
 
 def _kernel(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -138,7 +138,7 @@ def _squared(code: Any, factor: Any) -> Any:
 
 
 @intrinsic
-def prefetch(_: Any, address: Any) -> Any:
+def _prefetch(_: Any, address: Any) -> Any:
     """Have the processor fetch the cache line at `address`, without waiting for it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -154,14 +154,19 @@ def prefetch(_: Any, address: Any) -> Any:
 
 
 @njit(error_model="numpy")
+def prefetch_from(address: int, num_bytes: int) -> None:
+    """The cache lines of `num_bytes` bytes from `address` on."""
+    for offset in range(0, num_bytes, _CACHE_LINE):
+        _prefetch(address + offset)  # type: ignore[call-arg]  # numba adds the first argument
+
+
+@njit(error_model="numpy")
 def _prefetch_rows(codes: Any, rows: Any) -> None:
     """Vectors that an index has found lie anywhere: their lines are fetched side by side, not one after the other."""
     row_bytes = codes.shape[1] * codes.itemsize
     for row in rows:
         if row >= 0:
-            start = codes.ctypes.data + row * row_bytes
-            for offset in range(0, row_bytes, CACHE_LINE):
-                prefetch(start + offset)  # type: ignore[call-arg]  # numba adds the first argument
+            prefetch_from(codes.ctypes.data + row * row_bytes, row_bytes)
 
 
 def _scores_of(codes: Any) -> Any:
