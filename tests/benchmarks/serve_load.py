@@ -12,10 +12,11 @@ between what is compared, and a figure is the median of its rounds.
     bulk_over_faiss    the lower of Arrow requests of 1 k and 10 k queries, from the first byte sent to the last
                        received, over `search` of the same index with as many threads in this process
     overload_kept      answers (200) per second at twice the peak's rate of requests, over the peak's, which the same
-                       client finds before and after it: the median of five floods, each over the mean of its two
+                       client finds before and after it: the median of seven floods, each over the mean of its two
                        peaks; null where requests were lost or late, or the rate stayed below 1.6 peaks: `overload`
-                       says which. What is open when a flood ends, at most one request a connection, is not looked at
-    overload_worst     the least of the five
+                       says which. In one more flood, which is not timed, every answer is looked at: 200, or 503 with
+                       Retry-After. What is open when a flood ends, at most a request a connection, is not looked at
+    overload_worst     the least of the seven
     peer               POST of one query vector, JSON, to a Chroma server with the same vectors and to ours, tuned to
                        its recall (`http_peer`); in words where `chroma` (pip install chromadb, in an environment of
                        its own) is not here
@@ -59,10 +60,10 @@ from tests.benchmarks.http_peer import measure_peer
 
 CONCURRENCY = (1, 32, 256)
 BULK = (1000, 10_000)
-MAX_CONNECTIONS = 768  # twice what the service lets wait; wrk's own time grows with them
-FLOODS = 5
+MAX_CONNECTIONS = 512  # a third more than the service works on and lets wait; wrk's own time grows with them
+FLOODS = 7
 FLOOD_SECONDS = 10.0  # so that the first second, with its new connections, weighs little
-PEAK_SECONDS = 4.0
+PEAK_SECONDS = 3.0
 UNLIMITED = 1e9  # requests/s: as soon as a connection is free
 MIN_OFFERED = 1.6  # of the peak, else it was not an overload: refusals that come late hold connections up
 TIMEOUT_SECONDS = 2.0  # much less than a flood: wrk notices that an answer is late when it comes
@@ -133,12 +134,14 @@ def measure_overload(endpoint: Endpoint) -> dict[str, Any]:
     peak_with(CONCURRENCY[1])  # warms up
     best = max(CONCURRENCY[1:], key=peak_with)
     peaks, floods, shares, problems = [peak_with(best)], [], [], []
-    for _ in range(FLOODS):
-        found = send(rate=2 * peaks[-1], connections=MAX_CONNECTIONS, seconds=FLOOD_SECONDS)
+    flood = partial(send, connections=MAX_CONNECTIONS, seconds=FLOOD_SECONDS)
+    for number in range(-1, FLOODS):
+        found = flood(rate=2 * peaks[-1], look=number < 0)
         peaks.append(peak_with(best))
         peak = (peaks[-1] + peaks[-2]) / 2
         floods.append(found)
-        shares.append(found.answered / peak)
+        if not found.looked_at:
+            shares.append(found.answered / peak)
         note(f"peaks of {peak:.0f}/s, at twice that {found.answered:.0f}/s and {found.refused:.0f} refusals")
         if not found.is_orderly:
             problems.append(
