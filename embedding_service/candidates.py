@@ -55,22 +55,28 @@ class Candidates:
         """
         return self.search_unseen(queries, k, None)
 
-    def search_unseen(self, queries: Float32, k: int, seen: Ragged | None) -> tuple[Float32, Int64]:
+    def search_unseen(
+        self, queries: Float32, k: int, seen: Ragged | None, own: Int64 | None = None
+    ) -> tuple[Float32, Int64]:
         """As `search`, without the rows (int64, any) that `seen` lists for each query.
 
-        Fills k places wherever that many rows are left; else the end is padded with row -1 and score -inf.
+        Fills k places wherever that many rows are left; else the end is padded with row -1 and score -inf. `own`: int64
+        [n], the rows whose vectors the queries are (-1: none is): a search of a graph by cosine begins there, which
+        changes what is found as little as another way down the graph would.
         """
         k = min(k, self.rows)
+        starts = own if self._walk is not None and self._metric == "cosine" else None
         if seen is None:
-            return self._search(queries, k, k, Ragged(_NO_ROWS, np.zeros(len(queries) + 1, np.int64)))
+            return self._search(queries, k, k, Ragged(_NO_ROWS, np.zeros(len(queries) + 1, np.int64)), starts)
         fetch = num_fetched(k, seen.lengths)
         sizes = set(fetch.tolist())
         if len(sizes) == 1:
-            return self._search(queries, sizes.pop(), k, seen)
+            return self._search(queries, sizes.pop(), k, seen, starts)
         scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         for size in sizes:
             members = np.flatnonzero(fetch == size)
-            scores[members], rows[members] = self._search(queries[members], size, k, seen.take(members))
+            those = None if starts is None else starts[members]
+            scores[members], rows[members] = self._search(queries[members], size, k, seen.take(members), those)
         return scores, rows
 
     def search_allowed(
@@ -79,7 +85,9 @@ class Candidates:
         """As `search_unseen`, of the rows that `allowed` (bool [rows]) has; see `allowed.search_allowed`."""
         return search_allowed(self, self._metric, queries, k, allowed, seen, allowed_rows=allowed_rows)
 
-    def _search(self, queries: Float32, wanted: int, k: int, seen: Ragged) -> tuple[Float32, Int64]:
+    def _search(
+        self, queries: Float32, wanted: int, k: int, seen: Ragged, starts: Int64 | None
+    ) -> tuple[Float32, Int64]:
         """The first k unseen ones of the best `wanted` rows."""
         wanted = min(wanted, self.rows)
         if self._index is None:
@@ -93,7 +101,8 @@ class Candidates:
         def work() -> None:
             for share in todo:  # a list's iterator gives each share to one thread
                 hidden = seen if len(shares) == 1 else seen.slice(share.start, share.stop)
-                self._search_share(queries[share], wanted, hidden, scores[share], rows[share])
+                those = None if starts is None else starts[share]
+                self._search_share(queries[share], wanted, hidden, those, scores[share], rows[share])
 
         helpers = [self._pool.submit(work) for _ in range(min(self._threads, len(shares)) - 1)] if self._pool else []
         work()
@@ -102,7 +111,9 @@ class Candidates:
                 helper.result()
         return scores, rows
 
-    def _search_share(self, queries: Float32, wanted: int, seen: Ragged, scores: Float32, rows: Int64) -> None:
+    def _search_share(
+        self, queries: Float32, wanted: int, seen: Ragged, starts: Int64 | None, scores: Float32, rows: Int64
+    ) -> None:
         """`_search` through the index in the calling thread, into scores and rows [n, k]."""
         assert self._index is not None
         # of many equal rows an exhaustive index fetches some: fetch more, and do without it where they still are equal
@@ -110,7 +121,7 @@ class Candidates:
         fetch = wanted + _SPARE if self._index.exhaustive else wanted * self._index.rescore
         fetch = min(self.rows, fetch)
         if self._walk is not None:
-            found = self._walk.search_rows(queries, fetch, self._index.breadth)
+            found = self._walk.search_rows(queries, fetch, self._index.breadth, starts)
         else:
             found = self._index.search_rows(queries, fetch)
         lacking = np.empty(len(queries), np.bool_)

@@ -53,20 +53,24 @@ class GraphWalk:
         self._graph, self._codes = graph, codes
         self._factors = vectors.unit_factors if metric == "cosine" else scale
 
-    def search_rows(self, queries: Float32, k: int, breadth: int) -> Int64:
+    def search_rows(self, queries: Float32, k: int, breadth: int, starts: Int64 | None = None) -> Int64:
         """The best k rows that are found for queries [n, dim], best first: int64 [n, k], -1 where there are fewer.
 
-        `breadth`: how many of the best rows are kept, and their neighbours looked at (efSearch); at least k are. Raises
-        ValueError for queries of another dim.
+        `breadth`: how many of the best rows are kept, and their neighbours looked at (efSearch); at least k are.
+        `starts`: int64 [n], rows that are near the queries: the way down to such a row is saved (-1: none is known).
+        Raises ValueError for queries of another dim, or starts that are no rows.
         """
         rows, dim = self._codes.shape
         if queries.ndim != 2 or queries.shape[1] != dim:
             raise ValueError(f"queries must be [n, {dim}]; got {list(queries.shape)}")
+        starts = np.full(len(queries), -1) if starts is None else np.ascontiguousarray(starts, np.int64)
+        if starts.shape != (len(queries),) or (len(starts) and (starts.min() < -1 or starts.max() >= rows)):
+            raise ValueError(f"starts must be [{len(queries)}] rows in -1..{rows - 1}")
         found = np.empty((len(queries), k), np.int64)
         breadth = max(1, min(max(k, breadth), rows))
         bits = max(_SLOT_BITS, (4 * int(self._graph.widths[1])).bit_length())  # room for a first row and its neighbours
         queries = np.ascontiguousarray(queries, np.float32)
-        _walk(queries, *self._graph[:-1], self._codes, self._factors, breadth, bits, found)
+        _walk(queries, starts, *self._graph[:-1], self._codes, self._factors, breadth, bits, found)
         return found
 
 
@@ -153,6 +157,7 @@ def _place(rows: Any, scores: Any, expanded: Any, num: int, row: Any, score: Any
 def _walk_of(codes: Any) -> Any:
     return types.void(
         types.Array(types.float32, 2, "C", readonly=True),
+        _INT64S_IN,
         types.Array(types.int32, 1, "C", readonly=True),
         _INT64S_IN,
         _INT64S_IN,
@@ -174,6 +179,7 @@ def _walk_of(codes: Any) -> Any:
 )
 def _walk(
     queries: Any,
+    starts: Any,
     neighbours: Any,
     offsets: Any,
     widths: Any,
@@ -201,7 +207,10 @@ def _walk(
             found[i] = -1
             continue
         query, number = queries[i], i + 1
-        row, score = _nearest(query, neighbours, offsets, widths, entry, top, codes, factors)
+        if starts[i] >= 0:
+            row, score = starts[i], _score(query, codes, factors, starts[i])
+        else:
+            row, score = _nearest(query, neighbours, offsets, widths, entry, top, codes, factors)
         rows[0], scores[0], expanded[0] = row, score, False
         _note(met, bits, number, row)
         num, num_met, current = 1, 1, 0

@@ -40,7 +40,7 @@ class AnyCandidates(Protocol):
     vectors: VectorSet
 
     def search(self, queries: Float32, k: int) -> Found: ...
-    def search_unseen(self, queries: Float32, k: int, seen: Ragged | None) -> Found: ...
+    def search_unseen(self, queries: Float32, k: int, seen: Ragged | None, own: Int64 | None = None) -> Found: ...
     def search_allowed(
         self, queries: Float32, k: int, allowed: Mask, seen: Ragged | None, *, allowed_rows: Int64 | None = None
     ) -> Found: ...
@@ -88,11 +88,12 @@ class ShardedCandidates:
         """The best min(k, rows) rows of queries [n, dim]: scores float32 and rows int64 [n, min(k, rows)]."""
         return self.search_unseen(queries, k, None)
 
-    def search_unseen(self, queries: Float32, k: int, seen: Ragged | None) -> Found:
+    def search_unseen(self, queries: Float32, k: int, seen: Ragged | None, own: Int64 | None = None) -> Found:
         """As `search`, without the rows (int64, any) that `seen` lists for each query.
 
-        The end is padded with row -1 and score -inf where there are no more.
+        The end is padded with row -1 and score -inf where there are no more. `own` is not used here.
         """
+        del own  # most shards do not have that row
         return self._asked([Question(part, queries, k, _within(seen, part)) for part in self._ranges], k)
 
     def search_allowed(

@@ -116,7 +116,7 @@ class RecallProbe:
         candidates = retriever.candidates(index)
         metric: Metric = retriever.artifact.manifest["indexes"][index]["metric"]
         hidden = Ragged(own, np.arange(len(own) + 1, dtype=np.int64))
-        scores, _ = candidates.search_unseen(queries, k, hidden if own.max() >= 0 else None)
+        scores, _ = candidates.search_unseen(queries, k, hidden if own.max() >= 0 else None, own)
 
         def rest(seconds: float) -> None:
             if loaded.retired:  # else its memory would be kept for a figure that nobody asks for

@@ -240,7 +240,7 @@ class Retriever:
     ) -> tuple[Float32, Int64]:
         """`own`: the rows whose vectors the queries are."""
         start = time.perf_counter()
-        found = self._candidates[index].search_unseen(queries, k, seen)
+        found = self._candidates[index].search_unseen(queries, k, seen, own)
         self._instruments.search.since(start)
         self.asked[index].offer(queries, own)
         return found

@@ -197,7 +197,7 @@ class RecallTest:
         queries, threads = self.queries.take(members), self._threads
         with ThreadPoolExecutor(max(1, threads - 1)) as pool:
             candidates = Candidates(self._vectors, self._metric, index, pool, threads)
-            scores, _ = candidates.search_unseen(queries.vectors, self.k, _hidden(queries))
+            scores, _ = candidates.search_unseen(queries.vectors, self.k, _hidden(queries), queries.own)
         found: np.ndarray = (scores >= self.threshold[members, None]).mean(axis=1)
         return found
 
@@ -209,12 +209,12 @@ class RecallTest:
         """Of a query, asked alone in one thread: the mean over up to 64 of the fastest of three times."""
         candidates = Candidates(self._vectors, self._metric, index)
         asked = [self.queries.take(slice(i, i + 1)) for i in range(min(TIMED, len(self.queries.vectors)))]
-        calls = [(one.vectors, _hidden(one)) for one in asked]
+        calls = [(one.vectors, _hidden(one), one.own) for one in asked]
         seconds = np.empty((3, len(calls)))
         for times in seconds:
-            for i, (query, hidden) in enumerate(calls):
+            for i, (query, hidden, own) in enumerate(calls):
                 began = time.perf_counter()
-                candidates.search_unseen(query, self.k, hidden)
+                candidates.search_unseen(query, self.k, hidden, own)
                 times[i] = time.perf_counter() - began
         return 1e6 * float(seconds.min(axis=0).mean())
 

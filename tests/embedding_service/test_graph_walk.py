@@ -10,6 +10,7 @@ from embedding_service.exact import Metric, exact_search
 from embedding_service.graph_walk import Graph, GraphWalk
 from embedding_service.index import Arrangement, VectorIndex
 from embedding_service.quantize import PRECISIONS, Precision, encode
+from embedding_service.ragged import Ragged
 from embedding_service.vectors import VectorSet
 from tests.embedding_service.artifacts import clustered
 
@@ -113,6 +114,35 @@ def test_a_row_with_thousands_of_neighbours() -> None:
     assert found.tolist() == [[rows - 1, rows - 2, rows - 3]] * 2
 
 
+def test_a_walk_begins_where_it_is_told_to() -> None:
+    graph = by_hand([[1], [0], [3], [2]], 1)  # two halves: only the first can be reached from the entry
+    walk = GraphWalk(graph, VectorSet(np.eye(4, dtype=np.float32), None, "fp32"), "ip")
+    found = walk.search_rows(np.eye(4, dtype=np.float32)[[3, 3, 0]], 2, 2, np.array([-1, 3, 2]))
+    assert [sorted(line) for line in found.tolist()] == [[0, 1], [2, 3], [2, 3]]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_neighbours_of_rows_are_found_from_the_rows_themselves(precision: Precision, vectors: np.ndarray) -> None:
+    stored = VectorSet(*encode(vectors, precision), precision)
+    index = graph(stored.take(np.arange(ROWS)), "cosine", "plain", ef=64)
+    candidates = Candidates(stored, "cosine", index)
+    own = np.random.default_rng(5).choice(np.delete(np.arange(ROWS), 7), 300, replace=False)
+    queries, hidden = stored.take(own), Ragged(own, np.arange(len(own) + 1))
+    best = exact_search(queries, stored, 11, metric="cosine")[1]
+    told, plain = (candidates.search_unseen(queries, 10, hidden, rows)[1] for rows in (own, None))
+    assert not (told == own[:, None]).any()
+    recalls = [
+        np.mean([len({*a} & {*b} - {row}) / 10 for a, b, row in zip(found, best, own, strict=True)])
+        for found in (told, plain)
+    ]
+    assert recalls[0] >= 0.97
+    assert recalls[0] >= recalls[1] - 0.01
+    # queries that are no rows go the usual way, also in one batch with such that are
+    mixed = np.where(np.arange(len(own)) % 2, own, -1)
+    both = candidates.search_unseen(queries, 10, hidden, mixed)[1]
+    np.testing.assert_array_equal(both, np.where((mixed >= 0)[:, None], told, plain))
+
+
 def test_an_empty_graph_has_nothing() -> None:
     graph = by_hand([[1], [0]], 1)._replace(entry=-1, top=-1)
     walk = GraphWalk(graph, VectorSet(np.ones((2, 3), np.float32), None, "fp32"), "ip")
@@ -126,6 +156,9 @@ def test_what_does_not_fit_is_refused() -> None:
     walk = GraphWalk(graph, VectorSet(np.ones((2, 4), np.float32), None, "fp32"), "ip")
     with pytest.raises(ValueError, match=r"queries must be \[n, 4\]"):
         walk.search_rows(np.ones((1, 5), np.float32), 2, 5)
+    for starts in ([2], [-2], [0, 1]):
+        with pytest.raises(ValueError, match=r"starts must be \[1\] rows in -1\.\.1"):
+            walk.search_rows(np.ones((1, 4), np.float32), 2, 5, np.array(starts))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
