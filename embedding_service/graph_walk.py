@@ -63,9 +63,11 @@ class GraphWalk:
         rows, dim = self._codes.shape
         if queries.ndim != 2 or queries.shape[1] != dim:
             raise ValueError(f"queries must be [n, {dim}]; got {list(queries.shape)}")
-        starts = np.full(len(queries), -1) if starts is None else np.ascontiguousarray(starts, np.int64)
-        if starts.shape != (len(queries),) or (len(starts) and (starts.min() < -1 or starts.max() >= rows)):
-            raise ValueError(f"starts must be [{len(queries)}] rows in -1..{rows - 1}")
+        if starts is None:
+            starts = np.full(len(queries), -1, np.int64)
+        elif starts.shape != (len(queries),) or (len(starts) and not -1 <= starts.min() <= starts.max() < rows):
+            raise ValueError(f"starts must be [{len(queries)}] rows in -1..{rows - 1}; got {starts}")
+        starts = np.ascontiguousarray(starts, np.int64)
         found = np.empty((len(queries), k), np.int64)
         breadth = max(1, min(max(k, breadth), rows))
         bits = max(_SLOT_BITS, (4 * int(self._graph.widths[1])).bit_length())  # room for a first row and its neighbours

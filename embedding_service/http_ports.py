@@ -64,9 +64,10 @@ def high_throughput_environment(*, local: bool) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_MAXCONN": str(connections),  # HAProxy dies at start if it may not open as many files
         # the other cores are the replicas'; threads of HAProxy that wait for a core keep each other from its locks
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
+        # bytes: for a request that may be asked again, if it fits, HAProxy copies the whole buffer
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "16384",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line of log for each request, which a process in Python reads
-        # A replica that dies has answered nothing: another one is asked; what must not be done twice says so itself.
-        # HAProxy copies a whole buffer per request for it: RAY_SERVE_HAPROXY_TUNE_BUFSIZE is best left at its 16 KiB
+        # a replica that dies has answered nothing: another one is asked; what must not be done twice says so itself
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         haproxy_refusals.VARIABLE: haproxy_refusals.backend_rules(),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # of replicas that leave; the default is 30

@@ -51,7 +51,8 @@ class Question:
     """What one shard is asked: the best k of its rows for queries float32 [n, dim].
 
     `part`: the rows of the catalogue that the shard is taken to have; here they are counted from the first of them.
-    `seen` lists those to leave out for each query; `allowed`: see `packed`; None: all rows.
+    `seen` lists those to leave out for each query; `allowed`: see `packed`; None: all rows. `own`: see
+    `Candidates.search_unseen`.
     """
 
     part: range
@@ -59,13 +60,14 @@ class Question:
     k: int
     seen: Ragged | None = None
     allowed: RowSet | None = None
+    own: Int64 | None = None
 
     def answer(self, candidates: AnyCandidates) -> Found:
         """Scores float32 and rows int64 [n, min(k, rows)]."""
         if not candidates.rows:
             return np.empty((len(self.queries), 0), np.float32), np.empty((len(self.queries), 0), np.int64)
         if self.allowed is None:
-            return candidates.search_unseen(self.queries, self.k, self.seen)
+            return candidates.search_unseen(self.queries, self.k, self.seen, self.own)
         return candidates.search_allowed(self.queries, self.k, unpacked(self.allowed, candidates.rows), self.seen)
 
 
@@ -91,10 +93,16 @@ class ShardedCandidates:
     def search_unseen(self, queries: Float32, k: int, seen: Ragged | None, own: Int64 | None = None) -> Found:
         """As `search`, without the rows (int64, any) that `seen` lists for each query.
 
-        The end is padded with row -1 and score -inf where there are no more. `own` is not used here.
+        The end is padded with row -1 and score -inf where there are no more. `own`: see `Candidates.search_unseen`; it
+        is of use to the shard that has the row.
         """
-        del own  # most shards do not have that row
-        return self._asked([Question(part, queries, k, _within(seen, part)) for part in self._ranges], k)
+        return self._asked(
+            [
+                Question(part, queries, k, _within(seen, part), own=None if own is None else _own_within(own, part))
+                for part in self._ranges
+            ],
+            k,
+        )
 
     def search_allowed(
         self, queries: Float32, k: int, allowed: Mask, seen: Ragged | None, *, allowed_rows: Int64 | None = None
@@ -137,6 +145,11 @@ def _within(seen: Ragged | None, rows: range) -> Ragged | None:
         return None
     inside = (seen.values >= rows.start) & (seen.values < rows.stop)
     return seen.with_values(seen.values - rows.start).keep(inside)
+
+
+def _own_within(own: Int64, rows: range) -> Int64:
+    """The same of the rows that are in a range, counted from its first one; -1 of others."""
+    return np.where((own >= rows.start) & (own < rows.stop), own - rows.start, -1)
 
 
 def packed(allowed: Mask) -> RowSet | None:

@@ -240,7 +240,7 @@ class SelectiveRetriever:
         start = time.perf_counter()
         scores, rows = candidates.search_allowed(queries, pool, allowed.mask, seen, allowed_rows=allowed.rows)
         cold = np.zeros(len(queries), np.bool_) if cold is None else cold
-        own_rows = _own_rows(seen)[~cold] if index == SIMILAR and seen is not None else None
+        own_rows = _own_rows(seen, own, changes)[~cold] if index == SIMILAR and seen is not None else None
         self.retriever.note_search(index, queries[~cold], start, own_rows)
         keys, lists = [], []
         for number, query in enumerate(queries):
@@ -340,11 +340,12 @@ class SelectiveRetriever:
         return metric
 
 
-def _own_rows(seen: Ragged) -> Int64:
-    """int64 [n]: the one row of each list; -1 of an empty one."""
+def _own_rows(seen: Ragged, own: Sequence[set[Key]], changes: Changes) -> Int64:
+    """int64 [n]: the one row of each list; -1 of an empty one, and where the overlay has another vector for the key."""
     rows = np.full(len(seen), -1, np.int64)
     rows[seen.lengths > 0] = seen.values
-    return rows
+    replaced = [any(changes.find(key) is not None for key in keys) for keys in own]
+    return np.where(replaced, -1, rows)
 
 
 def _rows_of(catalogue: Vocabulary, keys: Sequence[Key]) -> Int64:

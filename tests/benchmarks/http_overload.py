@@ -82,7 +82,7 @@ class Overload:
 
     @property
     def is_orderly(self) -> bool:
-        """Every request was answered within its timeout, with what it asked for or with when to come back."""
+        """Every request was answered within its timeout, if `looked_at` with what it asked for or when to come back."""
         return self.others == self.broken == self.late == 0
 
 

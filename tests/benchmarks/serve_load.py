@@ -11,11 +11,12 @@ between what is compared, and a figure is the median of its rounds.
     p99_over_bare      99th percentile of latency of the same
     bulk_over_faiss    the lower of Arrow requests of 1 k and 10 k queries, from the first byte sent to the last
                        received, over `search` of the same index with as many threads in this process
-    overload_kept      answers (200) per second at twice the peak's rate of requests, over the peak's, which the same
-                       client finds before and after it: the median of seven floods, each over the mean of its two
-                       peaks; null where requests were lost or late, or the rate stayed below 1.6 peaks: `overload`
-                       says which. In one more flood, which is not timed, every answer is looked at: 200, or 503 with
-                       Retry-After. What is open when a flood ends, at most a request a connection, is not looked at
+    overload_kept      answers that are no errors per second at twice the peak's rate of requests, over the peak's,
+                       which the same client finds before and after it: the median of seven floods, each over the mean
+                       of its two peaks; null where requests were lost or late, or the rate stayed below 1.6 peaks:
+                       `overload` says which. In one more flood in their midst, which does not count, every answer is
+                       looked at: 200, or 503 with Retry-After. What is open when a flood ends, at most a request a
+                       connection, is left out
     overload_worst     the least of the seven
     peer               POST of one query vector, JSON, to a Chroma server with the same vectors and to ours, tuned to
                        its recall (`http_peer`); in words where `chroma` (pip install chromadb, in an environment of
@@ -134,14 +135,12 @@ def measure_overload(endpoint: Endpoint) -> dict[str, Any]:
     peak_with(CONCURRENCY[1])  # warms up
     best = max(CONCURRENCY[1:], key=peak_with)
     peaks, floods, shares, problems = [peak_with(best)], [], [], []
-    flood = partial(send, connections=MAX_CONNECTIONS, seconds=FLOOD_SECONDS)
-    for number in range(-1, FLOODS):
-        found = flood(rate=2 * peaks[-1], look=number < 0)
+    for number in range(FLOODS + 1):
+        found = send(rate=2 * peaks[-1], connections=MAX_CONNECTIONS, seconds=FLOOD_SECONDS, look=number == FLOODS // 2)
         peaks.append(peak_with(best))
         peak = (peaks[-1] + peaks[-2]) / 2
         floods.append(found)
-        if not found.looked_at:
-            shares.append(found.answered / peak)
+        shares.append(found.answered / peak)
         note(f"peaks of {peak:.0f}/s, at twice that {found.answered:.0f}/s and {found.refused:.0f} refusals")
         if not found.is_orderly:
             problems.append(
@@ -149,9 +148,10 @@ def measure_overload(endpoint: Endpoint) -> dict[str, Any]:
             )
         elif found.offered < MIN_OFFERED * peak:
             problems.append(f"{found.offered:.0f} requests/s were offered, {found.offered / peak:.2f} of the peak")
+    timed = [share for share, found in zip(shares, floods, strict=True) if not found.looked_at]
     return {
-        "kept": None if problems else median(shares),
-        "worst": min(shares),
+        "kept": None if problems else median(timed),
+        "worst": min(timed),
         "answered_over_peak": shares,
         "peaks": peaks,
         "peak_connections": best,

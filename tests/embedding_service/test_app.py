@@ -243,6 +243,13 @@ class TestHighThroughput:
         assert environment["RAY_SERVE_HAPROXY_STATS_PORT"] != environment["RAY_SERVE_HAPROXY_METRICS_PORT"]
         assert "RAY_SERVE_HAPROXY_STATS_PORT" not in high_throughput_environment(local=False)
 
+    @pytest.mark.parametrize(("cores", "threads"), [(None, "1"), (1, "1"), (2, "1"), (4, "2"), (16, "4")])
+    def test_most_cores_are_left_to_the_replicas(
+        self, cores: int | None, threads: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        assert high_throughput_environment(local=True)["RAY_SERVE_HAPROXY_NBTHREAD"] == threads
+
     def test_what_is_set_already_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RAY_SERVE_HAPROXY_MAXCONN", "77")
         assert high_throughput_environment(local=True)["RAY_SERVE_HAPROXY_MAXCONN"] == "77"

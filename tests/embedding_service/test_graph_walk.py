@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -141,6 +143,33 @@ def test_neighbours_of_rows_are_found_from_the_rows_themselves(precision: Precis
     mixed = np.where(np.arange(len(own)) % 2, own, -1)
     both = candidates.search_unseen(queries, 10, hidden, mixed)[1]
     np.testing.assert_array_equal(both, np.where((mixed >= 0)[:, None], told, plain))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "ip"])
+def test_each_search_by_cosine_begins_at_its_own_row(metric: Metric, vectors: np.ndarray) -> None:
+    """In shares for two threads, and in groups of queries with few and with many rows to leave out."""
+    stored = VectorSet(vectors, None, "fp32")
+    with ThreadPoolExecutor(1) as pool:
+        candidates = Candidates(stored, metric, graph(vectors, metric, "plain"), pool, threads=2)
+        walk, begun = candidates._walk, []
+        assert walk is not None
+        search_rows = walk.search_rows
+
+        def noted(queries: np.ndarray, k: int, breadth: int, starts: np.ndarray | None = None) -> np.ndarray:
+            begun.append((queries, starts))
+            return search_rows(queries, k, breadth, starts)
+
+        walk.search_rows = noted  # type: ignore[method-assign]
+        own = np.arange(200)
+        hidden = Ragged.from_lists([[row, *range(1000, 1000 + 8 * (row % 2))] for row in own.tolist()])
+        candidates.search_unseen(vectors[own], 10, hidden, own)
+    assert len(begun) > 2
+    assert sum(len(queries) for queries, _ in begun) == len(own)
+    for queries, starts in begun:
+        if metric == "ip":
+            assert starts is None
+        else:
+            np.testing.assert_array_equal(queries, vectors[starts])
 
 
 def test_an_empty_graph_has_nothing() -> None:

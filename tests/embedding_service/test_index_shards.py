@@ -125,6 +125,20 @@ def test_exact_search_by_range_is_exact_search(metric: Metric, sizes: tuple[int,
     np.testing.assert_array_equal(sharded.search(queries, 40)[1], exact_search(queries, vectors, 40, metric=metric)[1])
 
 
+def test_a_shard_is_told_which_queries_are_its_own_rows() -> None:
+    stored = VectorSet(clustered(10, 4, clusters=3, seed=0), None, "fp32")
+    ranges, told = [range(0, 4), range(4, 10)], []
+
+    def noted(questions: list[Question]) -> list[tuple[np.ndarray, np.ndarray]]:
+        told.extend(None if one.own is None else one.own.tolist() for one in questions)
+        return questioned([Candidates(stored.part(one), "cosine", None) for one in ranges])(questions)
+
+    sharded = ShardedCandidates(stored, ranges, noted)
+    sharded.search_unseen(stored.take(np.array([3, 4, 9, 0])), 2, None, np.array([3, 4, 9, -1]))
+    sharded.search(stored.take(np.array([3])), 2)
+    assert told == [[3, -1, -1, -1], [-1, 0, 5, -1], None, None]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("artifacts")

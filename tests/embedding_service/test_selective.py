@@ -358,6 +358,15 @@ class TestOverlay:
         vectors = clustered(ROWS, DIM, clusters=40, seed=3)
         assert selective.embed_items(["new", "?"]) == [pytest.approx(vectors[[7, 47]].mean(axis=0)), None]
 
+    def test_the_sample_of_queries_says_whose_row_each_is(self, selective: SelectiveRetriever) -> None:
+        """But of a replaced item, whose query is another vector than its row's, and of an added one."""
+        selective.overlay.add([selective.place(key, like=["i0047"], attributes={}) for key in ("i0003", "new")])
+        selective.retriever.asked["similar"].take()
+        selective.similar(["i0007", "i0003", "new"], 5)
+        sample = selective.retriever.asked["similar"].take()
+        assert sample is not None
+        assert sorted(sample[1].tolist()) == [-1, -1, 7]
+
     def test_by_vector_and_by_attributes(self, selective: SelectiveRetriever) -> None:
         vector = np.array(selective.embed_items(["i0007"])[0], np.float32)
         selective.overlay.add([selective.place("by-vector", vector=vector, attributes={})])
