@@ -134,11 +134,12 @@ def measure_in_turns(
     rounds: int,
     seconds: float,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """name -> c<connections> -> requests_per_second, p50_ms and p99_ms: medians of rounds in which all take turns.
+    """name -> c<connections> -> requests_per_second, p50_ms and p99_ms: medians of rounds in which all take turns, with
+    one number of connections after the other, so that what is compared is measured within seconds.
 
     The first round warms up. Raises AssertionError for an answer that is no success.
     """
-    loads: dict[tuple[str, int], list[Load]] = {(name, c): [] for name in endpoints for c in connections}
+    loads: dict[tuple[str, int], list[Load]] = {(name, c): [] for c in connections for name in endpoints}
     for number in range(rounds + 1):
         for (name, num), done in loads.items():
             load = measure(*endpoints[name], connections=num, seconds=seconds if number else 1)
