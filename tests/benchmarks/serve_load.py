@@ -13,11 +13,11 @@ between what is compared, and a figure is the median of its rounds.
                        received, over `search` of the same index with as many threads in this process
     overload_kept      answers that are no errors per second at twice the peak's rate of requests, over the peak's,
                        which the same client finds before and after it: the median of seven floods, each over the mean
-                       of its two peaks; null where requests were lost or late, or the rate stayed below 1.6 peaks:
-                       `overload` says which. In one more flood in their midst, which does not count, every answer is
-                       looked at: 200, or 503 with Retry-After. What is open when a flood ends, at most a request a
-                       connection, is left out
-    overload_worst     the least of the seven
+                       of its two peaks; null where requests were lost or late, or held back: `overload` says which. A
+                       flood whose rate turns out not to be 1.6 to 2.4 times that mean does not count and is made up
+                       for. In one more in their midst every answer is looked at: 200, or 503 with Retry-After. What is
+                       open when a flood ends, at most a request a connection, is left out
+    overload_worst     the least of those seven
     peer               POST of one query vector, JSON, to a Chroma server with the same vectors and to ours, tuned to
                        its recall (`http_peer`); in words where `chroma` (pip install chromadb, in an environment of
                        its own) is not here
@@ -66,7 +66,8 @@ FLOODS = 7
 FLOOD_SECONDS = 10.0  # so that the first second, with its new connections, weighs little
 PEAK_SECONDS = 3.0
 UNLIMITED = 1e9  # requests/s: as soon as a connection is free
-MIN_OFFERED = 1.6  # of the peak, else it was not an overload: refusals that come late hold connections up
+RATES = (1.6, 2.4)  # of the peak: outside of them a flood is left out, since the machine has changed its speed
+MIN_SENT = 0.9  # of the rate that was asked for: refusals that come late hold connections up
 TIMEOUT_SECONDS = 2.0  # much less than a flood: wrk notices that an answer is late when it comes
 
 
@@ -135,23 +136,29 @@ def measure_overload(endpoint: Endpoint) -> dict[str, Any]:
     peak_with(CONCURRENCY[1])  # warms up
     best = max(CONCURRENCY[1:], key=peak_with)
     peaks, floods, shares, problems = [peak_with(best)], [], [], []
-    for number in range(FLOODS + 1):
-        found = send(rate=2 * peaks[-1], connections=MAX_CONNECTIONS, seconds=FLOOD_SECONDS, look=number == FLOODS // 2)
+    counted: list[float] = []
+    while len(counted) < FLOODS and len(floods) < 2 * FLOODS:
+        rate = 2 * peaks[-1]
+        look = len(floods) == FLOODS // 2
+        found = send(rate=rate, connections=MAX_CONNECTIONS, seconds=FLOOD_SECONDS, look=look)
         peaks.append(peak_with(best))
         peak = (peaks[-1] + peaks[-2]) / 2
         floods.append(found)
         shares.append(found.answered / peak)
-        note(f"peaks of {peak:.0f}/s, at twice that {found.answered:.0f}/s and {found.refused:.0f} refusals")
+        note(f"peaks of {peak:.0f}/s, at {rate:.0f}/s {found.answered:.0f}/s and {found.refused:.0f} refusals")
         if not found.is_orderly:
             problems.append(
                 f"{found.others} other answers, {found.broken} broken connections, {found.late} late answers"
             )
-        elif found.offered < MIN_OFFERED * peak:
-            problems.append(f"{found.offered:.0f} requests/s were offered, {found.offered / peak:.2f} of the peak")
-    timed = [share for share, found in zip(shares, floods, strict=True) if not found.looked_at]
+        elif found.offered < MIN_SENT * rate:
+            problems.append(f"{found.offered:.0f} requests/s could be sent of {rate:.0f}")
+        elif RATES[0] <= rate / peak <= RATES[1] and not look:
+            counted.append(shares[-1])
+    if len(counted) < FLOODS:
+        problems.append(f"in {len(counted)} of {len(floods)} floods the machine kept its speed")
     return {
-        "kept": None if problems else median(timed),
-        "worst": min(timed),
+        "kept": None if problems else median(counted),
+        "worst": min(counted, default=None),
         "answered_over_peak": shares,
         "peaks": peaks,
         "peak_connections": best,
