@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
+import random
 import resource
 import socket
+from pathlib import Path
 
 from cluster.errors import SettingError
 from embedding_service import haproxy_refusals
 
 logger = logging.getLogger(__name__)
 
+_AFTER_WORKERS = 20_000  # Ray's workers listen on 10002 to 19999
+_OUTGOING_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _MAX_CONNECTIONS = 20_000
 _FILES_PER_CONNECTION = 3  # file descriptors that HAProxy wants: 2.5 and a few
 
@@ -98,11 +103,33 @@ def _has_haproxy() -> bool:
 
 
 def _free_ports(num: int) -> list[int]:
-    probes = [socket.socket() for _ in range(num)]
+    """Ports that nobody has, between Ray's for its workers and those that the system gives to outgoing connections.
+
+    Serve binds them seconds later: one of the system's may be a connection's by then.
+    """
+    candidates = list(range(_AFTER_WORKERS, max(_outgoing_ports_begin(), _AFTER_WORKERS + 1)))
+    random.shuffle(candidates)
+    probes: list[socket.socket] = []
     try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
+        for port in itertools.chain(candidates, itertools.repeat(0)):  # 0: whichever the system has
+            probe = socket.socket()
+            probes.append(probe)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                if not port:
+                    raise
+                probes.pop().close()
+            if len(probes) == num:
+                break
         return [probe.getsockname()[1] for probe in probes]
     finally:
         for probe in probes:
             probe.close()
+
+
+def _outgoing_ports_begin() -> int:
+    try:
+        return int(_OUTGOING_PORTS.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32_768  # Linux's own; that of others is higher

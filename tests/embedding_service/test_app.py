@@ -29,6 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster import grpc_addresses
 from cluster.errors import ArtifactError, LaunchError, SettingError
+from embedding_service import http_ports
 from embedding_service import retrieval_pb2 as pb
 from embedding_service.app import Service, build, deployment_options, serve_artifact
 from embedding_service.artifact import Artifact
@@ -242,6 +243,18 @@ class TestHighThroughput:
         assert environment["RAY_SERVE_HAPROXY_MAXCONN"] == "2000"
         assert environment["RAY_SERVE_HAPROXY_STATS_PORT"] != environment["RAY_SERVE_HAPROXY_METRICS_PORT"]
         assert "RAY_SERVE_HAPROXY_STATS_PORT" not in high_throughput_environment(local=False)
+
+    def test_ports_are_not_those_of_outgoing_connections(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Which may take one before Serve binds it."""
+        ports = http_ports._free_ports(6)
+        assert len(set(ports)) == 6
+        assert all(20_000 <= port < http_ports._outgoing_ports_begin() for port in ports)
+        with socket.socket() as busy:
+            monkeypatch.setattr(http_ports, "_AFTER_WORKERS", ports[0])
+            monkeypatch.setattr(http_ports, "_OUTGOING_PORTS", tmp_path / "range")
+            (tmp_path / "range").write_text(f"{ports[0] + 1} 60999\n")  # leaves one
+            busy.bind(("127.0.0.1", ports[0]))
+            assert ports[0] not in http_ports._free_ports(3)  # the system's are better than none
 
     @pytest.mark.parametrize(("cores", "threads"), [(None, "1"), (1, "1"), (2, "1"), (4, "2"), (16, "4")])
     def test_most_cores_are_left_to_the_replicas(
